@@ -1,0 +1,100 @@
+"""Perplexity of documents: nats per token, and bits per byte, which compares models with different tokenizers."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation.scoring import TOKEN_BUDGET, continuation_logprobs
+from rlhf.functional.intervals import Estimate, ratio_estimate
+from rlhf.tokenizer import begin_id, encode_texts
+
+
+class DocumentScore(NamedTuple):
+    """One document: its negative log-likelihood in nats, its tokens, its bytes of UTF-8."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+
+class Perplexity(NamedTuple):
+    """Documents together. Intervals are over documents."""
+
+    nats_per_token: Estimate
+    bits_per_byte: Estimate
+    tokens: int
+    documents: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the nats per token."""
+        return math.exp(min(self.nats_per_token.mean, 700.0))
+
+
+class Window(NamedTuple):
+    """What one forward pass reads, and the tokens whose probabilities are taken: the last `len(targets)` places."""
+
+    inputs: list[int]
+    targets: list[int]
+
+
+def rolling_windows(tokens: list[int], begin: int, context: int) -> list[Window]:
+    """Windows in which every token is predicted exactly once, none reading more than `context` tokens.
+
+    With `context` 4 and tokens a b c d e f:
+
+        window  reads          predicts
+        1       begin a b c    a b c d
+        2       b c d e        e f        (the last one moves back, to see as much as it can)
+    """
+    windows = [Window([begin, *tokens[: context - 1]], tokens[:context])]
+    done = len(windows[0].targets)
+    while done < len(tokens):
+        end = min(done + context, len(tokens))
+        windows.append(Window(tokens[end - context - 1 : end - 1], tokens[done:end]))
+        done = end
+    return windows
+
+
+def score_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    context: int,
+    budget: int = TOKEN_BUDGET,
+    progress: Callable[[int], None] | None = None,
+) -> list[DocumentScore]:
+    """Each document's score; every document begins with BOS, which is not predicted. Empty texts score zero tokens."""
+    begin = begin_id(tokenizer)
+    contexts: list[list[int]] = []
+    continuations: list[list[int]] = []
+    owners: list[int] = []
+    encoded = encode_texts(tokenizer, texts)
+    for owner, ids in enumerate(encoded):
+        for window in rolling_windows(ids, begin, context) if ids else []:
+            cut = len(window.inputs) - len(window.targets) + 1
+            contexts.append(window.inputs[:cut])
+            continuations.append([*window.inputs[cut:], window.targets[-1]])
+            owners.append(owner)
+    nats = [0.0] * len(texts)
+    logprobs = continuation_logprobs(model, contexts, continuations, budget=budget, progress=progress)
+    for owner, logprob in zip(owners, logprobs, strict=True):
+        nats[owner] -= logprob
+    return [
+        DocumentScore(nat, len(ids), len(text.encode())) for nat, ids, text in zip(nats, encoded, texts, strict=True)
+    ]
+
+
+def perplexity(scores: list[DocumentScore]) -> Perplexity:
+    """All documents together: sums first, one division. Raises ValueError where there is no token."""
+    nats = [score.nats for score in scores]
+    bits = [score.nats / math.log(2) for score in scores]
+    return Perplexity(
+        ratio_estimate(nats, [float(score.tokens) for score in scores]),
+        ratio_estimate(bits, [float(score.bytes) for score in scores]),
+        sum(score.tokens for score in scores),
+        len(scores),
+    )

@@ -1,0 +1,165 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf import __version__
+from rlhf.errors import RlhfError, UserError
+
+app = typer.Typer(
+    name="rlhf",
+    help="From random weights to an aligned chat model: tokenizer, pretrain, sft, reward, ppo, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="a recipe file, or the name of a shipped recipe (see `rlhf recipes`)")
+]
+RunsDirOption = Annotated[Path, typer.Option("--runs-dir", help="where runs are kept; this one is runs-dir/NAME")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show it")] = False,
+) -> None:
+    """The options that stand before a command."""
+
+
+@app.command()
+def run(
+    stage: Annotated[str, typer.Argument(help="all, or one of: tokenizer pretrain sft reward ppo evaluate")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="e.g. seed=2 ppo.kl.coefficient=0.1")
+    ] = None,
+    recipe: RecipeOption = "",
+    runs_dir: RunsDirOption = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="run again what is done; the old is moved aside")] = False,
+) -> None:
+    """Runs one stage of a recipe, or all that are not done.
+
+    A finished stage that still matches the recipe is skipped. A stale one is moved aside and redone.
+    """
+    from rlhf import chain
+    from rlhf.recipe import STAGES, load_recipe
+
+    if not recipe:
+        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
+    settings = load_recipe(recipe, overrides or [])
+    if stage != "all" and stage not in STAGES:
+        raise UserError(f"no stage {stage!r}; there are: all {' '.join(STAGES)}")
+    wanted = [name for name in STAGES if name in settings.stages and stage in ("all", name)]
+    if not wanted:
+        raise UserError(f"the recipe {recipe} has no stage {stage}; its stages are: {' '.join(settings.stages)}")
+    command = "rlhf " + " ".join(sys.argv[1:])
+    if "LOCAL_RANK" in os.environ:
+        if stage == "all":
+            raise UserError("under accelerate launch, run one stage at a time; `all` starts processes of its own")
+        chain.run_as_rank(settings, wanted[0], runs_dir, fresh=fresh, command=command, recipe_name=recipe)
+    else:
+        chain.run_chain(settings, tuple(wanted), runs_dir, fresh=fresh, command=command, recipe_name=recipe)
+
+
+@app.command()
+def recipes() -> None:
+    """Lists the shipped recipes, with what each needs and takes."""
+    from rlhf.recipe import load_recipe, shipped_recipes
+
+    for path in shipped_recipes():
+        recipe = load_recipe(str(path))
+        print(f"{path.stem}\n  {recipe.description}\n  stages: {' '.join(recipe.stages)}")
+        print(f"  needs:  {recipe.needs}\n  takes:  {recipe.takes}\n")
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON Schema of a recipe, so that an editor can complete and check it."""
+    import json
+
+    from rlhf.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(help="a run's directory, such as runs/quickstart")]) -> None:
+    """Shows what is done, running, failed, and where it stands."""
+    from rlhf.status import print_status
+
+    print_status(run_dir)
+
+
+@app.command()
+def evaluate(
+    model_dirs: Annotated[list[Path], typer.Argument(metavar="MODEL_DIR...", help="Hugging Face causal LMs")],
+    output: Annotated[Path | None, typer.Option("--output", help="also write the results as JSON")] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="whose `evaluate` section says what is measured")
+    ] = "quickstart",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, e.g. evaluate.fewshot.items=50")
+    ] = None,
+) -> None:
+    """Measures any local Hugging Face causal LM: perplexity, bits per byte, few-shot accuracy."""
+    from rlhf.errors import MissingInput
+    from rlhf.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    if settings.evaluate is None:
+        raise UserError(f"the recipe {recipe} has no section `evaluate`")
+    for directory in model_dirs:
+        if not (directory / "config.json").is_file():
+            raise MissingInput(f"{directory} holds no config.json, so it is no Hugging Face model directory")
+    if output and not output.parent.is_dir():
+        raise MissingInput(f"--output: no directory {output.parent}")
+    from stages.evaluate import evaluate_directories
+
+    evaluate_directories(settings, [str(directory) for directory in model_dirs], output)
+
+
+@app.command()
+def chat(
+    model_dir: Annotated[Path, typer.Argument(help="a Hugging Face directory with a chat template")],
+    system: Annotated[str, typer.Option("--system", help="a system turn before the first question")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="longest response in tokens")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", help="what the draws depend on")] = 1,
+) -> None:
+    """Talks with a model. An empty line or Ctrl-D ends it."""
+    from rlhf.errors import MissingInput
+
+    if not (model_dir / "config.json").is_file():
+        raise MissingInput(f"{model_dir} holds no config.json, so it is no Hugging Face model directory")
+    from rlhf.chat import chat_loop
+
+    chat_loop(model_dir, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+def main() -> int:
+    """The entry point: runs the command, turns what rlhf raises on purpose into one message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except RlhfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0

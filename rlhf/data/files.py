@@ -1,0 +1,23 @@
+"""Which files a `path:` source means. Imports nothing heavy."""
+
+from pathlib import Path
+
+from rlhf.errors import MissingInput
+from rlhf.recipe import Source
+
+
+def source_files(source: Source, root: Path) -> list[Path]:
+    """The files that a `path:` source means, sorted. Raises MissingInput where there is none."""
+    if source.path is None:
+        return []
+    pattern = Path(source.path)
+    whole = pattern if pattern.is_absolute() else root / pattern
+    if whole.is_dir():
+        raise MissingInput(f"{whole} is a directory; name its files, for example {source.path}/*.jsonl")
+    if whole.is_file():
+        return [whole]
+    anchor = Path(whole.anchor) if whole.is_absolute() else Path()
+    found = sorted(p for p in anchor.glob(str(whole.relative_to(whole.anchor))) if p.is_file())
+    if not found:
+        raise MissingInput(f"no file {whole} (relative paths start at data.root, which is {str(root)!r})")
+    return found

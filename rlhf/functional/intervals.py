@@ -1,0 +1,54 @@
+"""Means with their sampling error. Plain floats; nothing here needs torch."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_keys(self, name: str, digits: int = 6) -> dict[str, float | list[float]]:
+        """`{name: mean, name_ci95: [low, high]}`, as summaries write it."""
+        return {name: round(self.mean, digits), f"{name}_ci95": [round(self.low, digits), round(self.high, digits)]}
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """Mean of independent values, normal approximation. Raises ValueError without values."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("no values to take the mean of")
+    mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
+    half = Z95 * math.sqrt(variance / n)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def proportion_estimate(right: float, n: int) -> Estimate:
+    """A share of n independent yes-or-no trials with Wilson's score interval (Wilson 1927). n is at least 1."""
+    if n == 0:
+        raise ValueError("no trials to take the share of")
+    share = right / n
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """sum(numerators) / sum(denominators) over independent groups (documents), by the delta method."""
+    n = len(numerators)
+    if n == 0 or math.fsum(denominators) == 0:
+        raise ValueError("no groups to take the ratio of")
+    whole = math.fsum(denominators)
+    ratio = math.fsum(numerators) / whole
+    if n == 1:
+        return Estimate(ratio, ratio, ratio)
+    spread = math.fsum((a - ratio * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
+    half = Z95 * math.sqrt(n / (n - 1) * spread) / whole
+    return Estimate(ratio, ratio - half, ratio + half)

@@ -1,0 +1,111 @@
+"""The arithmetic of PPO for language models.
+
+Legend: B episodes, T response tokens (padded on the right), all tensors [B, T] unless said otherwise; masks are bool,
+True counts. Position t of a response is the action "emit token t"; its value is that of the state before token t.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.functional.masked import masked_mean, masked_sum
+
+
+class Advantages(NamedTuple):
+    """Advantages and returns, [B, T], zero where the mask does not count."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class Loss(NamedTuple):
+    """A loss summed over the tokens that count (a scalar to divide once, globally), and what to watch of it."""
+
+    total: Tensor
+    clipped: Tensor  # share of the tokens whose gradient the clipping stopped
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token, nats, float32 [..., T] from logits [..., T, V] and tokens [..., T]."""
+    scaled = logits.float() / temperature
+    chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return chosen - scaled.logsumexp(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of each position's distribution, nats, float32 [..., T] from logits [..., T, V]."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def last_counted(mask: Tensor) -> Tensor:
+    """The index of the last position that counts in each row, int64 [B]; rows hold at least one."""
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask, positions, -1).amax(-1)
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """Reward of each token: minus the KL penalty everywhere, plus the episode's score [B] on its last real token.
+
+    Ziegler et al. 2019 (arXiv:1909.08593), section 2: R = r - beta * log(pi/rho), spread over the tokens.
+    """
+    rewards = torch.where(mask, -kl_coefficient * kl, 0.0)
+    return rewards.scatter_add(1, last_counted(mask).unsqueeze(1), scores.to(rewards.dtype).unsqueeze(1))
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float
+) -> Advantages:
+    """Generalised advantage estimation, Schulman et al. 2015 (arXiv:1506.02438), equation 16.
+
+    Episodes end at their last real token: the value after it is zero. `values` behind the mask are never read.
+    """
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    following = rewards.new_zeros(rewards.shape[0])
+    next_value = rewards.new_zeros(rewards.shape[0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = torch.where(mask[:, t], delta + discount * gae_lambda * following, 0.0)
+        advantages[:, t] = following
+        next_value = values[:, t]
+    return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_ratio: float) -> Loss:
+    """The clipped surrogate objective, Schulman et al. 2017 (arXiv:1707.06347), equation 7, negated and summed."""
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    free = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1.0 - clip_ratio, 1.0 + clip_ratio)
+    return Loss(masked_sum(torch.maximum(free, bounded), mask), masked_mean((bounded > free).float(), mask))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_value: float) -> Loss:
+    """Half the squared error to the returns, the worse of free and clipped (Schulman's baselines ppo2), summed.
+
+    The clipping is absolute, in units of the score; Engstrom et al. 2020 (arXiv:2005.12729) discuss it.
+    """
+    bounded = old_values + (values - old_values).clamp(-clip_value, clip_value)
+    free_error, bounded_error = (values - returns).square(), (bounded - returns).square()
+    loss = 0.5 * masked_sum(torch.maximum(free_error, bounded_error), mask)
+    return Loss(loss, masked_mean((bounded_error > free_error).float(), mask))
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the tokens that count: 1 is a perfect critic, 0 a constant one."""
+    kept_returns, kept_values = returns[mask].double(), values[mask].double()
+    variance = kept_returns.var(correction=0)
+    return 1.0 - (kept_returns - kept_values).var(correction=0) / variance.clamp(min=1e-12)
+
+
+def kl_estimate_k3(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """A KL estimate of each token that is never negative: r - 1 - log r with r = old/new (Schulman's k3), nats.
+
+    Unbiased for KL(sampling policy || other) where the tokens were drawn from the policy that `old_logprobs` is of:
+    here r is the other's probability over the sampler's.
+    """
+    log_ratio = logprobs - old_logprobs
+    return log_ratio.exp() - 1.0 - log_ratio

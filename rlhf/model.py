@@ -1,0 +1,182 @@
+"""Models: built from a transformers config, loaded from and saved to plain Hugging Face directories."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+
+from rlhf.errors import MissingInput, UserError
+from rlhf.rundir import write_atomically
+from rlhf.tokenizer import token_info
+
+
+def causal_lm_config(
+    architecture: str,
+    *,
+    vocab_size: int,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int | None,
+    mlp_width: int | None,
+    context: int,
+    rope_theta: float,
+    tie_embeddings: bool,
+    special: dict[str, Any],
+) -> PreTrainedConfig:
+    """The transformers config of a decoder-only model. `special` holds the ids of the special tokens."""
+    if architecture == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_layer=layers,
+            n_embd=width,
+            n_head=heads,
+            n_inner=mlp_width,
+            n_positions=context,
+            tie_word_embeddings=tie_embeddings,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **special,
+        )
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "intermediate_size": mlp_width or round(width * 8 / 3 / 32) * 32 or 32,
+        "max_position_embeddings": context,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tie_embeddings,
+        **special,
+    }
+    if architecture == "qwen3":
+        return Qwen3Config(head_dim=width // heads, **common)
+    return LlamaConfig(**common)
+
+
+def build_causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights; seed torch first."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load_causal_lm(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM from a directory or hub id, without dropout. Raises MissingInput where none can be loaded."""
+    return _load(AutoModelForCausalLM, directory, dtype)
+
+
+def load_scorer(
+    directory: str | Path, dtype: torch.dtype = torch.float32, *, fresh_head: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one output (reward model or critic), without dropout.
+
+    With `fresh_head` a missing score head is made at random (seed torch first); without, its absence is an error.
+    """
+    config = _load_config(directory)
+    if not fresh_head and not any("SequenceClassification" in name for name in config.architectures or []):
+        raise UserError(f"{directory} is no reward model: its architecture is {config.architectures}")
+    if not fresh_head and config.num_labels != 1:
+        raise UserError(f"{directory} has {config.num_labels} outputs; a reward model has one")
+    return _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1)
+
+
+def _load_config(directory: str | Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise MissingInput(f"no model could be loaded from {directory}: {str(error).splitlines()[0]}") from None
+
+
+def _load(loader: Any, directory: str | Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    _load_config(directory)
+    try:
+        model: PreTrainedModel = loader.from_pretrained(str(directory), dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise MissingInput(f"no model could be loaded from {directory}: {str(error).splitlines()[0]}") from None
+    disable_dropout(model)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout to zero: with it, the same tokens have other log-probabilities in training and in rollout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def resize_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model a row for every token; new rows start at the mean of the old ones."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+
+
+def use_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the tokenizer's BOS, EOS and pad into the model's configuration and its generation configuration."""
+    for key, value in token_info(tokenizer).items():
+        setattr(model.config, key, value)
+        if getattr(model, "generation_config", None) is not None:
+            setattr(model.generation_config, key, value)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
+    """Writes a plain Hugging Face directory, whole or not at all: weights, config, tokenizer, template, card."""
+    temporary = directory.with_name(f".{directory.name}.tmp{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if hasattr(model, "generation_config") and model.can_generate():
+        model.generation_config = GenerationConfig(
+            **token_info(tokenizer), do_sample=True, temperature=1.0, top_p=1.0, top_k=0
+        )
+    model.save_pretrained(temporary, safe_serialization=True)
+    tokenizer.save_pretrained(temporary)
+    write_atomically(temporary / "README.md", card)
+    for path in _files(temporary):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    temporary.replace(directory)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.iterdir() if path.is_file())
+
+
+def model_card(title: str, what: str, facts: dict[str, Any]) -> str:
+    """The README.md of a model directory: what it is, how it is loaded, and its figures."""
+    rows = "\n".join(f"| {key} | {json.dumps(value, ensure_ascii=False)} |" for key, value in facts.items())
+    return (
+        f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {title}\n\n{what}\n\n"
+        f"Made by the package `rlhf`; loads with plain `transformers`.\n\n| | |\n| --- | --- |\n{rows}\n"
+    )

@@ -1,0 +1,495 @@
+"""Recipes: one typed model a section, read from YAML with `key=value` overrides. Imports nothing heavy.
+
+A field marked `changes_result=False` never makes a finished stage stale (a logging interval, a description).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf.errors import RecipeError
+
+StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
+STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+
+_NO_RESULT = {"changes_result": False}
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, populate_by_name=True)
+
+
+class Source(Section):
+    """One source of data: exactly one of `builtin`, `path` and `hub`."""
+
+    builtin: Literal["tinyworld"] | None = Field(None, description="data that the package makes itself")
+    path: str | None = Field(None, description="file or glob, relative to data.root: .jsonl .jsonl.gz .parquet .txt")
+    hub: str | None = Field(None, description="id of a data set on the Hugging Face hub")
+    split: str = Field("train", description="which split of the hub's data set")
+    subset: str | None = Field(None, description="which configuration of the hub's data set")
+    streaming: bool = Field(False, description="read the hub's data set row by row, without downloading it whole")
+    rows: int | None = Field(None, ge=1, description="take this many rows (needed for builtin: it never ends)")
+    weight: float = Field(1.0, gt=0, description="how often each row is used: 2 is twice, 0.5 is a random half")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Source:
+        if sum(x is not None for x in (self.builtin, self.path, self.hub)) != 1:
+            raise ValueError("a source has exactly one of the keys builtin, path, hub")
+        return self
+
+    def __str__(self) -> str:
+        return self.path or (f"hub:{self.hub}" if self.hub else f"builtin:{self.builtin}")
+
+
+Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+class DataSection(Section):
+    """How data files are found and read."""
+
+    root: str = Field(".", description="where relative paths of sources start", json_schema_extra=_NO_RESULT)
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or count it and go on")
+
+
+class TokenizerSection(Section):
+    """Byte-level BPE, trained on the texts of its sources."""
+
+    train: Sources = Field(description="texts (or conversations) to learn the merges from")
+    vocab_size: int = Field(1024, ge=264, description="number of tokens, the special ones and the 256 bytes included")
+
+
+class ModelSection(Section):
+    """The architecture of a model that starts from random weights."""
+
+    architecture: Literal["llama", "qwen3", "gpt2"] = Field("llama", description="family of the transformers config")
+    layers: int = Field(4, ge=1, description="number of decoder layers")
+    width: int = Field(128, ge=8, description="size of the hidden states")
+    heads: int = Field(4, ge=1, description="number of attention heads")
+    kv_heads: int | None = Field(None, ge=1, description="key-value heads (grouped-query attention); default: heads")
+    mlp_width: int | None = Field(None, ge=8, description="inner size of the MLP; default: 8/3 width (gpt2: 4 width)")
+    context: int = Field(256, ge=8, description="longest sequence in tokens")
+    rope_theta: float = Field(10000.0, gt=1, description="base of the rotary position embedding (not gpt2)")
+    tie_embeddings: bool = Field(True, description="share the input embedding with the output head")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelSection:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.kv_heads and self.architecture == "gpt2":
+            raise ValueError("gpt2 has no kv_heads")
+        return self
+
+
+class PretrainSection(Section):
+    """Next-token prediction from random weights."""
+
+    train: Sources = Field(description="texts to learn from")
+    validation: Sources = Field(description="texts to measure on")
+    tokens: int = Field(ge=1, description="how many tokens to train on in all")
+    tokens_per_step: int = Field(ge=1, description="tokens of one optimiser step, over all processes")
+    sequence_length: int = Field(ge=2, description="tokens of one packed row")
+    microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
+    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only")
+    gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    validate_every: int = Field(200, ge=1, description="steps between validations", json_schema_extra=_NO_RESULT)
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
+
+    @model_validator(mode="after")
+    def _divides(self) -> PretrainSection:
+        if self.tokens_per_step % self.sequence_length:
+            raise ValueError(
+                f"tokens_per_step {self.tokens_per_step} is not a multiple of sequence_length {self.sequence_length}"
+            )
+        return self
+
+
+class Sampling(Section):
+    """How responses are drawn from a model."""
+
+    max_tokens: int = Field(ge=1, description="longest response in tokens, its end token included")
+    temperature: float = Field(1.0, gt=0, description="divides the logits")
+
+
+class SftSection(Section):
+    """Supervised fine-tuning on conversations, the loss on the assistant's turns only."""
+
+    train: Sources = Field(description="conversations to learn from")
+    validation: Sources = Field(description="conversations to measure on")
+    chat_template: Literal["rlhf", "chatml"] = Field("rlhf", description="for a base that has no chat template")
+    steps: int = Field(ge=1, description="optimiser steps")
+    dialogues_per_step: int = Field(ge=1, description="conversations of one optimiser step, over all processes")
+    microbatch_size: int | None = Field(None, ge=1, description="conversations of one forward pass; default: all")
+    max_tokens: int = Field(ge=8, description="longest conversation in tokens; longer ones are left out and counted")
+    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW, cosine to 10 %")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    sampling: Sampling = Field(description="how responses are drawn to see whether they end by themselves")
+    sampled_prompts: int = Field(128, ge=1, description="validation prompts to draw responses for")
+    validate_every: int = Field(100, ge=1, description="steps between validations", json_schema_extra=_NO_RESULT)
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
+
+
+class CollectSection(Section):
+    """Comparisons made here: responses that the SFT model samples, labelled by the built-in world's labellers."""
+
+    prompts: Literal["tinyworld"] = Field("tinyworld", description="whose prompts, and whose labellers")
+    train_prompts: int = Field(ge=1, description="how many training prompts (a prompt can come several times)")
+    test_prompts: int = Field(ge=1, description="how many held-out prompts")
+    responses_per_prompt: int = Field(2, ge=2, description="responses of a prompt; every two different are compared")
+    sampling: Sampling = Field(description="how the responses are drawn")
+
+
+class RewardSection(Section):
+    """A reward model: Bradley-Terry on comparisons of two responses to the same prompt."""
+
+    from_: str | None = Field(None, alias="from", description="an existing judge's directory; nothing is trained")
+    collect: CollectSection | None = Field(None, description="make comparisons from the SFT model's own responses")
+    train: tuple[Source, ...] = Field((), description="comparisons from files to learn from")
+    test: tuple[Source, ...] = Field((), description="comparisons from files to measure on")
+    epochs: float = Field(1.0, gt=0, description="passes over the comparisons")
+    pairs_per_step: int = Field(32, ge=1, description="comparisons of one optimiser step, over all processes")
+    microbatch_size: int | None = Field(None, ge=1, description="comparisons of one forward pass; default: all")
+    max_tokens: int = Field(
+        512, ge=8, description="longest prompt with response in tokens; longer are left out, counted"
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW, cosine to 10 %")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    gold_margin: float = Field(0.2, ge=0, description="gold_accuracy counts pairs whose gold differs by at least this")
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
+
+    @model_validator(mode="after")
+    def _has_comparisons(self) -> RewardSection:
+        if self.from_ is None and self.collect is None and not (self.train and self.test):
+            raise ValueError("needs comparisons: `collect`, or `train` and `test`, or an existing judge in `from`")
+        return self
+
+
+class KlSection(Section):
+    """The per-token penalty that keeps the policy near the reference."""
+
+    coefficient: float = Field(0.05, ge=0, description="nats of KL cost this much score")
+
+
+class PpoSection(Section):
+    """Proximal policy optimisation against the reward model."""
+
+    prompts: Sources = Field(description="prompts to learn on")
+    test_prompts: Sources = Field(description="prompts to measure on, before and after")
+    updates: int = Field(ge=1, description="rollout and optimisation, this many times")
+    episodes_per_update: int = Field(ge=1, description="prompts with a response in one update, over all processes")
+    epochs: int = Field(2, ge=1, description="passes over an update's episodes")
+    minibatches: int = Field(4, ge=1, description="optimiser steps of one epoch")
+    microbatch_size: int | None = Field(None, ge=1, description="episodes of one forward pass; default: a minibatch")
+    sampling: Sampling = Field(description="how responses are drawn; temperature also scales the policy's logits")
+    learning_rate: float = Field(gt=0, description="of the policy, Adam")
+    critic_learning_rate: float | None = Field(None, gt=0, description="of the critic; default: the policy's")
+    critic_from: Literal["reward", "policy"] = Field("reward", description="the weights that the critic starts from")
+    critic_warmup: int = Field(0, ge=0, description="first updates in which only the critic learns")
+    kl: KlSection = Field(default=KlSection(), description="the penalty that keeps the policy near the reference")
+    clip_ratio: float = Field(0.2, gt=0, description="epsilon of the clipped policy loss")
+    clip_value: float = Field(0.2, gt=0, description="largest move of a value in one update, in score units")
+    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    discount: float = Field(1.0, gt=0, le=1, description="gamma")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
+    gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient, policy and critic apart")
+    no_end_penalty: float = Field(1.0, ge=0, description="taken from the score of a response that does not end")
+    whiten_scores: bool = Field(False, description="scale each update's scores to variance 1 over all processes")
+    log_every: int = Field(1, ge=1, description="updates between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
+
+    @model_validator(mode="after")
+    def _divides(self) -> PpoSection:
+        if self.episodes_per_update % self.minibatches:
+            raise ValueError(
+                f"episodes_per_update {self.episodes_per_update} is not a multiple of minibatches {self.minibatches}"
+            )
+        return self
+
+
+class FewShotSection(Section):
+    """In-context accuracy."""
+
+    tasks: tuple[str, ...] = Field(
+        ("tinyworld",), description="`tinyworld`, or folders of TASK.train/.test.jsonl files"
+    )
+    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 4, 8), description="numbers of demonstrations")
+    items: int = Field(200, ge=1, description="items of a task, at most")
+
+
+class EvaluateSection(Section):
+    """Perplexity on held-out documents and few-shot accuracy, for every model of the chain."""
+
+    texts: Sources = Field(description="held-out documents")
+    fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
+
+
+RunName = Annotated[str, AfterValidator(lambda name: _check_name(name))]
+
+
+class Recipe(Section):
+    """The whole chain: what it is made from and how."""
+
+    name: RunName = Field(description="the run's directory below --runs-dir", json_schema_extra=_NO_RESULT)
+    description: str = Field("", description="what it is for, in a line", json_schema_extra=_NO_RESULT)
+    needs: str = Field("", description="hardware and data", json_schema_extra=_NO_RESULT)
+    takes: str = Field("", description="time and memory", json_schema_extra=_NO_RESULT)
+    seed: int = Field(1, ge=0, lt=2**32, description="what every draw of every stage depends on")
+    threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all cores", json_schema_extra=_NO_RESULT)
+    stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = Field(STAGES, description="which stages, in order")
+    base: str | None = Field(None, description="directory or hub id of a causal LM, for a chain without pretrain")
+    data: DataSection = Field(default=DataSection(), description="how data files are found and read")
+    tokenizer: TokenizerSection | None = Field(None, description="the tokenizer stage")
+    model: ModelSection = Field(default=ModelSection(), description="the model that pretrain starts")
+    pretrain: PretrainSection | None = Field(None, description="the pretrain stage")
+    sft: SftSection | None = Field(None, description="the sft stage")
+    reward: RewardSection | None = Field(None, description="the reward stage")
+    ppo: PpoSection | None = Field(None, description="the ppo stage")
+    evaluate: EvaluateSection | None = Field(None, description="the evaluate stage")
+
+    @model_validator(mode="after")
+    def _chain_holds(self) -> Recipe:
+        order = [STAGES.index(stage) for stage in self.stages]
+        if order != sorted(set(order)):
+            raise ValueError(f"stages: each once, and in this order: {', '.join(STAGES)}")
+        for stage in self.stages:
+            if getattr(self, stage) is None:
+                raise ValueError(f"the stage {stage} is in `stages` but the recipe has no section `{stage}`")
+        if ("tokenizer" in self.stages) != ("pretrain" in self.stages) and self.stages != ("tokenizer",):
+            raise ValueError("the stages tokenizer and pretrain come together")
+        needs_base = "pretrain" not in self.stages and self.stages != ("tokenizer",)
+        if needs_base and self.base is None:
+            raise ValueError("`base` names the model to begin with, since pretrain is not among the stages")
+        if self.base is not None and "pretrain" in self.stages:
+            raise ValueError("either `base` or the stage pretrain, not both")
+        if "reward" in self.stages and "sft" not in self.stages and self.reward and self.reward.collect:
+            pass  # the base is then what samples: any chat model will do
+        if "ppo" in self.stages and "reward" not in self.stages:
+            raise ValueError("ppo needs a judge: add the stage reward (`reward: {from: DIR}` takes an existing one)")
+        return self
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
+        raise ValueError("a run's name has letters, digits, '.', '_' and '-', begins with a letter or digit, no '/'")
+    return name
+
+
+# Reading
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Reads a shipped recipe by name or any recipe by path, applies the overrides and checks everything.
+
+    Raises RecipeError with the file, the key, what was expected and the nearest right name.
+    """
+    path = find_recipe(name_or_path)
+    raw = _read_yaml(path)
+    for override in overrides:
+        _apply(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """A Recipe from the plain values of a YAML file; `where` is named in errors."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with the package, the quickstart first."""
+    folder = Path(__file__).resolve().parent.parent / "recipes"
+    return sorted(folder.glob("*.yaml"), key=lambda p: (p.stem != "quickstart", p.stem))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a shipped recipe's name, or the path itself."""
+    for path in shipped_recipes():
+        if path.stem == name_or_path:
+            return path
+    path = Path(name_or_path)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a directory, not a recipe file")
+    if not path.exists():
+        names = [p.stem for p in shipped_recipes()]
+        raise RecipeError(
+            f"no recipe file {path}, and none of the shipped recipes has that name ({', '.join(names)})"
+            + _nearest(name_or_path, names)
+        )
+    return path
+
+
+MAX_RECIPE_BYTES = 1_000_000
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_RECIPE_BYTES else None
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read: {error.strerror}") from None
+    if data is None:
+        raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES:,} bytes, so not a recipe")
+    try:
+        text = data.decode("utf-8-sig")
+        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}), so not a recipe") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # a date out of range, a thousand brackets
+        raise RecipeError(f"{path}: not valid YAML: {error or 'nested too deeply'}") from None
+    if raw is None:
+        raise RecipeError(f"{path}: empty; a recipe has at least `name` and `stages`")
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
+    return raw
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML with two changes: a key that comes twice is an error, and 1e-4 is a number (YAML 1.2) instead of text."""
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
+        seen.add(key)
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Sets one `a.b.c=value` in the plain values; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected key=value, for example ppo.kl.coefficient=0.1")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    place = raw
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if inner is None:
+            inner = place[parent] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {override!r}: {parent} is not a section")
+        place = inner
+    place[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: key, what is wrong, what was expected, the nearest right name."""
+    location: tuple[int | str, ...] = error["loc"]
+    key = ".".join(str(part) for part in location) or "recipe"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"{key}: unknown key" + _nearest(str(location[-1]), known)
+    if error["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if location else message
+    given = error.get("input")
+    shown = repr(given) if not isinstance(given, dict | list) else f"a {type(given).__name__}"
+    return f"{key}: {message[0].lower() + message[1:]} (given: {shown[:80]})" + _nearest_choice(given, error)
+
+
+def _nearest_choice(given: Any, error: Any) -> str:
+    expected = str((error.get("ctx") or {}).get("expected", ""))
+    return _nearest(str(given), re.findall(r"'([^']+)'", expected)) if error["type"] == "literal_error" else ""
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at this place of a recipe has."""
+    model: type[BaseModel] | None = Recipe
+    for part in location:
+        if isinstance(part, int) or model is None:
+            continue
+        by_key = {field.alias or name: field for name, field in model.model_fields.items()}
+        field = by_key.get(part)
+        model = _section_in(field.annotation) if field else None
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation such as `SftSection | None` or `tuple[Source, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for inner in typing.get_args(annotation):
+            found = _section_in(inner)
+            if found:
+                return found
+    return None
+
+
+# Writing, and what decides staleness
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; reading it gives an equal recipe."""
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain(recipe: BaseModel) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def result_fields(section: BaseModel) -> dict[str, Any]:
+    """The flat `a.b.c: value` pairs of a section that change its stage's result."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("changes_result") is False:
+            continue
+        value = getattr(section, name)
+        key = field.alias or name
+        if isinstance(value, BaseModel):
+            found |= {f"{key}.{inner}": v for inner, v in result_fields(value).items()}
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            found[key] = [result_fields(item) for item in value]
+        elif isinstance(value, tuple):
+            found[key] = list(value)
+        else:
+            found[key] = value
+    return found

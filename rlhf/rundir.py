@@ -1,0 +1,134 @@
+"""The directory of a run: where each stage's model, metrics, summary and manifest are. Imports nothing heavy."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.recipe import STAGES, Recipe, dump_recipe
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all: a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is none (a missing or torn file)."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_folder(folder: Path) -> str:
+    """One SHA-256 for the names and bytes of all files directly in a folder (a model directory)."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            whole.update(f"{path.name}\0{digest_file(path)}\n".encode())
+    return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """The files of one stage of a run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.path.name
+
+    @property
+    def model(self) -> Path:
+        """A plain Hugging Face directory."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """Exists exactly when the stage is complete."""
+        return self.path / "summary.json"
+
+    @property
+    def manifest_file(self) -> Path:
+        """What went in, and the digest of what came out."""
+        return self.path / "manifest.json"
+
+    def summary(self) -> dict[str, Any] | None:
+        """The stage's summary, None while it isn't complete."""
+        return read_json(self.summary_file)
+
+    def manifest(self) -> dict[str, Any]:
+        """What went in; empty where nothing was written yet."""
+        return read_json(self.manifest_file) or {}
+
+    def output_digest(self) -> str | None:
+        """The digest of the finished stage's model, None while it isn't complete."""
+        return self.manifest().get("output") if self.summary() is not None else None
+
+    def move_aside(self) -> Path:
+        """Renames the stage's directory to the first free STAGE.stale-N; nothing is ever deleted."""
+        number = 1
+        while (target := self.path.with_name(f"{self.name}.stale-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        return target
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of a run."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, runs_dir: Path) -> "RunDir":
+        """The run's directory below `runs_dir`. Raises UserError if it would lie elsewhere or can't be made."""
+        path = runs_dir / recipe.name
+        if path.is_symlink() and runs_dir.resolve() not in path.resolve().parents:
+            raise UserError(f"{path} is a link that leads out of {runs_dir}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run's directory {path} can't be made: {error.strerror}") from None
+        return cls(path)
+
+    def stage(self, name: str) -> StageDir:
+        """The directory of one stage (it need not exist)."""
+        return StageDir(self.path / name)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Saves the resolved recipe."""
+        write_atomically(self.path / "recipe.yaml", dump_recipe(recipe))
+
+    def write_summary(self) -> None:
+        """Gathers the summaries of all complete stages into one file."""
+        summaries = {stage: self.stage(stage).summary() for stage in STAGES}
+        write_json(self.path / "summary.json", {stage: summary for stage, summary in summaries.items() if summary})

@@ -1,0 +1,207 @@
+"""What every stage runs in: seeds, threads, device, progress on the terminal, metrics in a file, time and memory.
+
+Imports torch only inside functions, so that a process which merely shows progress stays light.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+PLAIN_LINE_SECONDS = 10.0  # how often a line is printed where the output is no terminal
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """A seed below 2**31 that depends on (seed, purpose) alone, so that stages never share their draws."""
+    return zlib.crc32("/".join(map(str, (seed, *purpose))).encode()) & 0x7FFFFFFF
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch, and asks torch for deterministic kernels where they exist."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def make_accelerator(accumulation_steps: int = 1) -> "Accelerator":
+    """The stage's Accelerator: bf16 where a GPU has it, float32 on a CPU (bf16 there is many times slower)."""
+    import torch
+    from accelerate import Accelerator
+
+    gpu = torch.cuda.is_available()
+    return Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if gpu and torch.cuda.is_bf16_supported() else "no",
+        gradient_accumulation_steps=accumulation_steps,
+    )
+
+
+def device() -> "torch.device":
+    """The device that a process without an Accelerator computes on."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def log(message: str) -> None:
+    """Says one thing to the user."""
+    Console(highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` is `1:15`."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_number(value: float) -> str:
+    """Few digits, all that a progress line has room for."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or 0.001 <= abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) < 1e7 and abs(value) >= 1000 else f"{value:.2e}"
+
+
+class Bar:
+    """Progress of a loop: a bar with figures and the time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._started = self._printed = time.monotonic()
+        self._rich: Progress | None = None
+        if self._console.is_terminal:
+            self._rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]} left"),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+            )
+            self._task = self._rich.add_task(what, total=total, figures="", left="-:--")
+
+    def __enter__(self) -> "Bar":
+        if self._rich:
+            self._rich.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich:
+            self._rich.stop()
+
+    def show(self, done: int, **figures: float) -> None:
+        """Shows how far the loop is, with the figures that matter."""
+        now = time.monotonic()
+        left = format_seconds((now - self._started) / max(done, 1) * (self._total - done))
+        text = "  ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in figures.items())
+        if self._rich:
+            self._rich.update(self._task, completed=done, figures=text, left=left)
+        elif now - self._printed >= PLAIN_LINE_SECONDS or done == self._total:
+            self._printed = now
+            spent = format_seconds(now - self._started)
+            self._console.print(
+                f"{self._what}  {done}/{self._total}  {text}  {spent} gone, {left} left", markup=False, soft_wrap=True
+            )
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a logged step. Numbers that JSON can't hold become text, so every line parses."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._started = time.monotonic()
+
+    def log(self, **values: Any) -> None:
+        """Appends one line, on disk at once."""
+        values["time"] = round(time.monotonic() - self._started, 3)
+        self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Meter:
+    """Time, CPU time and memory of a stage's process, for its summary."""
+
+    def __init__(self) -> None:
+        self._started = datetime.now(UTC)
+        self._wall = time.monotonic()
+
+    def summary(self, stage: str, accelerator: "Accelerator | None" = None) -> dict[str, Any]:
+        """The keys that every stage's summary has, `parameters` apart."""
+        import torch
+
+        own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        where = accelerator.device if accelerator else device()
+        memory = own.ru_maxrss / 1024
+        found: dict[str, Any] = {
+            "stage": stage,
+            "seconds": round(time.monotonic() - self._wall, 2),
+            "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 2),
+            "started": self._started.isoformat(timespec="seconds"),
+            "device": str(where.type) if where.type == "cpu" else torch.cuda.get_device_name(where),
+            "processes": accelerator.num_processes if accelerator else 1,
+            "threads": torch.get_num_threads(),
+            "peak_memory_mib": round(memory, 1),
+        }
+        if where.type == "cuda":
+            found["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(where) / 2**20, 1)
+        return found
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silences the progress bars and advice of libraries: a stage shows its own."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def end_with_parent() -> None:
+    """Asks Linux to end this process when its parent ends, so that a killed run leaves nothing running."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            sys.exit(1)

@@ -1,0 +1,69 @@
+"""`rlhf status`: what a run has done and where it stands, from its files alone."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.chain import state_of
+from rlhf.errors import MissingInput, RlhfError
+from rlhf.recipe import load_recipe
+from rlhf.rundir import RunDir, StageDir
+from rlhf.runtime import format_number, format_seconds
+
+KEY_FIGURES = {
+    "tokenizer": ("vocab_size", "bytes_per_token"),
+    "pretrain": ("tokens", "validation_nats_per_token", "validation_bits_per_byte"),
+    "sft": ("steps", "validation_nats_per_token", "responses_ended"),
+    "reward": ("pairs_train", "accuracy", "length_baseline_accuracy", "gold_accuracy"),
+    "ppo": ("updates", "score_before", "score_after", "kl", "gold_before", "gold_after"),
+    "evaluate": (),
+}
+
+
+def print_status(run_dir: Path) -> None:
+    """Prints a line for each stage of the run. Raises MissingInput where there is no run."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise MissingInput(f"{run_dir} is no run's directory (it has no recipe.yaml)")
+    run = RunDir(run_dir)
+    recipe = load_recipe(str(run_dir / "recipe.yaml"))
+    print(f"{run_dir}: {recipe.description or recipe.name}")
+    for stage in recipe.stages:
+        directory = run.stage(stage)
+        try:
+            state = state_of(recipe, stage, run)
+        except RlhfError as error:  # an input file is gone: say so, and go on with the other stages
+            print(f"  {stage:<10} {'unknown':<12} {error}")
+            continue
+        line = f"  {stage:<10} {state.name:<12}"
+        summary = directory.summary()
+        if summary:
+            line += f"{format_seconds(summary['seconds']):>8}  {_figures(stage, summary)}"
+        elif state.name == "interrupted":
+            line += f"{_last_line(directory)}"
+        print(line + (f"  ({state.why})" if state.name == "stale" else ""))
+
+
+def _figures(stage: str, summary: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{key} {format_number(summary[key])}" for key in KEY_FIGURES[stage] if summary.get(key) is not None
+    )
+
+
+def _last_line(directory: StageDir) -> str:
+    """The last figures of a stage that isn't complete: it runs now, or it was stopped there."""
+    last: dict[str, Any] = {}
+    for last in _metric_lines(directory.metrics):
+        pass
+    shown = {key: value for key, value in last.items() if isinstance(value, int | float) and key != "time"}
+    return "at " + "  ".join(f"{key} {format_number(value)}" for key, value in list(shown.items())[:5]) if shown else ""
+
+
+def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

@@ -1,0 +1,60 @@
+"""What the built-in world's models read: documents for pretraining, kept apart by their text into train and held-out."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from rlhf.tinyworld.incontext import lines, recall_document, rules_document
+from rlhf.tinyworld.words import Draw, Fact, answers, facts, statement, text_hash, words
+
+Split = Literal["train", "validation", "test"]
+
+MIXTURE = {"rules": 0.24, "recall": 0.36, "known": 0.12, "facts": 0.24, "reviews": 0.04}
+"""Shares of the documents: in-context families, in-context tasks that the task line names, sentences, reviews."""
+
+HELD_OUT = 0.05  # the share of all possible documents that is kept for validation, and again for test
+
+
+def split_of(text: str) -> Split:
+    """The split that a document belongs to, by its text alone: the same document is never in two."""
+    point = text_hash("document", text)
+    return "test" if point < HELD_OUT else "validation" if point < 2 * HELD_OUT else "train"
+
+
+def documents(split: Split, seed: int) -> Iterator[str]:
+    """An endless stream of this split's documents."""
+    draw = Draw("documents", split, seed)
+    while True:
+        text = _document(draw)
+        if split_of(text) == split:
+            yield text
+
+
+def _document(draw: Draw) -> str:
+    match draw.weighted(MIXTURE):
+        case "rules":
+            return rules_document(draw)
+        case "recall":
+            return recall_document(draw)
+        case "known":
+            return _known_document(draw)
+        case "facts":
+            return " ".join(statement(fact) for fact in draw.sample(facts(), 3 + draw.below(4)))
+        case _:
+            return "\n".join(_review(draw) for _ in range(2 + draw.below(4)))
+
+
+def _known_document(draw: Draw) -> str:
+    """An in-context document whose task line names the task: `Opposites`, then `hot -> cold`, ..."""
+    titles: dict[str, str] = words()["titles"]
+    kind = draw.pick(tuple(titles))
+    chosen: list[Fact] = draw.sample([fact for fact in facts() if fact.kind == kind], 3 + draw.below(6))
+    return lines(titles[kind], [(fact.subject, fact.answer) for fact in chosen])
+
+
+def _review(draw: Draw) -> str:
+    reviews: dict[str, list[str]] = words()["reviews"]
+    verdict = draw.pick(("good", "bad"))
+    return f"The {draw.pick(reviews['subjects'])} was {draw.pick(reviews[verdict])}. Verdict: {verdict}"
+
+
+__all__ = ["HELD_OUT", "MIXTURE", "Split", "answers", "documents", "split_of"]

@@ -1,0 +1,62 @@
+"""What several stages do alike: open their data, find the model that they start from, batch arithmetic."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.chain import upstream
+from rlhf.data import sources as data
+from rlhf.data.reader import Faults
+from rlhf.errors import RecipeError
+from rlhf.recipe import Recipe, Source, StageName
+from rlhf.rundir import RunDir
+from rlhf.runtime import derive_seed, log
+from rlhf.tinyworld.documents import Split
+
+
+def open_data(recipe: Recipe, stage: str, sources: tuple[Source, ...], kind: data.Kind, split: Split) -> data.DataSet:
+    """The rows of a recipe's sources as texts, conversations or prompts."""
+    seed = derive_seed(recipe.seed, stage, kind, split)
+    opened = data.open_sources(sources, Path(recipe.data.root), kind, split, seed)
+    faults = Faults(recipe.data.on_bad_row)
+    make = {
+        "texts": data.texts,
+        "conversations": data.conversations,
+        "prompts": data.prompts,
+        "comparisons": data.comparisons,
+    }
+    return make[kind](opened, faults, seed)
+
+
+def report_faults(dataset: data.DataSet) -> None:
+    """Says what was skipped, if anything was."""
+    if dataset.faults.counts:
+        log(dataset.faults.report())
+
+
+def starting_model(recipe: Recipe, run: RunDir, stage: StageName) -> str:
+    """The directory or hub id of the model that this stage starts from: the latest of sft, pretrain, base."""
+    for name in ("sft", "pretrain"):
+        if name in upstream(recipe, stage):
+            return str(run.stage(name).model)
+    if recipe.base is None:
+        raise RecipeError(f"{stage} has no model to start from: add the stage pretrain or `base`")
+    return recipe.base
+
+
+def accumulation(rows: int, microbatch: int | None, processes: int, what: str) -> tuple[int, int]:
+    """(rows of one forward pass on one process, forward passes of one optimiser step).
+
+    Raises RecipeError where the rows of a step don't divide evenly; nothing is rounded in silence.
+    """
+    if rows % processes:
+        raise RecipeError(f"{what} {rows} is not a multiple of the {processes} processes")
+    mine = rows // processes
+    size = microbatch or mine
+    if mine % size:
+        raise RecipeError(f"microbatch_size {size} does not divide {mine}, the share of one process in {what} {rows}")
+    return size, mine // size
+
+
+def card_facts(summary: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The figures of a summary that a model card shows."""
+    return {key: summary[key] for key in keys if key in summary}

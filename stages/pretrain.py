@@ -1,0 +1,235 @@
+"""The pretrain stage: next-token prediction from random weights, our own loop on Accelerate.
+
+AdamW (0.9, 0.95, 1e-8), weight decay on matrices only, linear warm-up then cosine to a floor, gradient clipping.
+Documents are packed end to end in a memory-mapped file; the rows that a step reads depend on (seed, step) alone.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation.perplexity import Perplexity, perplexity, score_documents
+from rlhf.data.tokens import PackedTokens, PackStats, pack
+from rlhf.errors import StageFailed
+from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups, model_card, save_model
+from rlhf.recipe import PretrainSection, Recipe
+from rlhf.rundir import RunDir, StageDir
+from rlhf.runtime import Bar, MetricsLog, derive_seed, log, make_accelerator
+from rlhf.tokenizer import encode_documents, load_tokenizer, token_info
+from stages.common import accumulation, card_facts, open_data, report_faults
+
+BETAS, EPSILON = (0.9, 0.95), 1e-8
+QUICK_VALIDATION = 100  # documents of the validations on the way; the last one takes all
+
+
+def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+    """Trains the base model and saves it in pretrain/model."""
+    settings = recipe.pretrain
+    assert settings is not None
+    directory = run.stage("pretrain")
+    accelerator = make_accelerator()
+    tokenizer = load_tokenizer(run.stage("tokenizer").model)
+    packed, stats = _packed_texts(recipe, settings, directory, tokenizer, accelerator)
+    validation = list(open_data(recipe, "pretrain", settings.validation, "texts", "validation"))
+    model = _new_model(recipe, tokenizer)
+
+    steps = math.ceil(settings.tokens / settings.tokens_per_step)
+    rows = settings.tokens_per_step // settings.sequence_length
+    size, passes = accumulation(rows, settings.microbatch_size, accelerator.num_processes, "tokens_per_step's rows")
+    log(
+        f"pretrain: {count_parameters(model):,} parameters; {steps:,} steps of {settings.tokens_per_step:,} tokens = "
+        f"{rows} rows of {settings.sequence_length} ({accelerator.num_processes} processes x {passes} microbatches x "
+        f"{size} rows); {stats.documents:,} documents, {stats.tokens:,} tokens, "
+        f"{steps * settings.tokens_per_step / stats.tokens:.2f} passes over them"
+    )
+    started = time.monotonic()
+    spent_validating = _train(model, tokenizer, packed, validation, settings, steps, size, accelerator, directory)
+    seconds = time.monotonic() - started - spent_validating
+
+    final = _validate(model, tokenizer, validation, recipe.model.context)
+    summary = {
+        "parameters": count_parameters(model),
+        "steps": steps,
+        "tokens": steps * settings.tokens_per_step,
+        "tokens_per_second": round(steps * settings.tokens_per_step / seconds, 1),
+        "training_documents": stats.documents,
+        "training_tokens": stats.tokens,
+        "training_bytes_per_token": round(stats.bytes / stats.tokens, 4),
+        **_figures(final),
+        "rollbacks": [],
+    }
+    if accelerator.is_main_process:
+        card = model_card(
+            f"{recipe.name}: base model",
+            "A causal language model trained from random weights on next-token prediction.",
+            card_facts(summary, "parameters", "tokens", "validation_nats_per_token", "validation_bits_per_byte"),
+        )
+        save_model(model, tokenizer, directory.model, card)
+    return {**summary, "_accelerator": accelerator}
+
+
+def _packed_texts(
+    recipe: Recipe,
+    settings: PretrainSection,
+    directory: StageDir,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> tuple[PackedTokens, PackStats]:
+    """The training texts as one file of token ids, written by the first process of the machine."""
+    path, counts = directory.path / "tokens.bin", directory.path / "tokens.json"
+    if accelerator.is_main_process:
+        dataset = open_data(recipe, "pretrain", settings.train, "texts", "train")
+        log("pretrain: packing the training texts")
+        stats = pack(_with_sizes(dataset, tokenizer), path, len(tokenizer))
+        report_faults(dataset)
+        counts.write_text(" ".join(map(str, stats)))
+    accelerator.wait_for_everyone()
+    stats = PackStats(*map(int, counts.read_text().split()))
+    seed = derive_seed(recipe.seed, "pretrain", "order")
+    return PackedTokens(path, len(tokenizer), settings.sequence_length, seed), stats
+
+
+def _with_sizes(texts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+    sizes: list[int] = []
+
+    def measured() -> Iterator[str]:
+        for text in texts:
+            sizes.append(len(text.encode()))
+            yield text
+
+    for number, ids in enumerate(encode_documents(tokenizer, measured())):
+        yield ids, sizes[number]
+
+
+def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    m = recipe.model
+    torch.manual_seed(derive_seed(recipe.seed, "pretrain", "weights"))
+    return build_causal_lm(
+        causal_lm_config(
+            m.architecture,
+            vocab_size=len(tokenizer),
+            layers=m.layers,
+            width=m.width,
+            heads=m.heads,
+            kv_heads=m.kv_heads,
+            mlp_width=m.mlp_width,
+            context=m.context,
+            rope_theta=m.rope_theta,
+            tie_embeddings=m.tie_embeddings,
+            special=token_info(tokenizer),
+        )
+    )
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: float, final: float) -> float:
+    """The learning rate of step 0 <= step < steps: linear warm-up, then a cosine from `peak` to `final * peak`."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    return peak * (final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packed: PackedTokens,
+    validation: list[str],
+    settings: PretrainSection,
+    steps: int,
+    size: int,
+    accelerator: Accelerator,
+    directory: StageDir,
+) -> float:
+    """The training loop. Returns the seconds that its validations took."""
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=BETAS, eps=EPSILON
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    metrics = MetricsLog(directory.metrics) if accelerator.is_main_process else None
+    rows = settings.tokens_per_step // settings.sequence_length
+    mine = rows // accelerator.num_processes
+    spent_validating, losses = 0.0, torch.zeros((), device=accelerator.device)
+    started = time.monotonic()
+    wrapped.train()
+    with Bar("pretrain", steps) as bar:
+        for step in range(steps):
+            rate = learning_rate_at(step, steps, settings.learning_rate, settings.warmup, settings.final_learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            first = step * rows + accelerator.process_index * mine
+            loss = _step_gradient(wrapped, packed, range(first, first + mine), size, accelerator)
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.gradient_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += loss
+
+            done = step + 1
+            if done % settings.log_every == 0 or done == steps:
+                since = (done - 1) % settings.log_every + 1
+                mean = (accelerator.reduce(losses, "mean") / since).item()
+                losses.zero_()
+                if not math.isfinite(mean):
+                    raise StageFailed(f"pretrain: the loss is {mean} at step {done}; try a smaller learning_rate")
+                speed = done * settings.tokens_per_step / (time.monotonic() - started - spent_validating)
+                if metrics:
+                    metrics.log(
+                        step=done, loss=mean, learning_rate=rate, gradient_norm=float(norm), tokens_per_second=speed
+                    )
+                bar.show(done, loss=mean, tokens_a_second=speed)
+            if done % settings.validate_every == 0 and done < steps:
+                before = time.monotonic()
+                found = _validate(model, tokenizer, validation[:QUICK_VALIDATION], model.config.max_position_embeddings)
+                if metrics:
+                    metrics.log(step=done, **_figures(found))
+                spent_validating += time.monotonic() - before
+    return spent_validating
+
+
+def _step_gradient(
+    model: torch.nn.Module, packed: PackedTokens, places: range, size: int, accelerator: Accelerator
+) -> torch.Tensor:
+    """Adds up the gradient of one step's rows, a microbatch at a time; returns their mean loss on this process.
+
+    All rows are equally long, so the mean over microbatches and processes is the mean over tokens.
+    """
+    starts = range(places.start, places.stop, size)
+    total = torch.zeros((), device=accelerator.device)
+    for start in starts:
+        inputs, targets = packed.batch(range(start, start + size))
+        inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
+        last = start + size >= places.stop
+        with _synchronised(model, accelerator, last):
+            logits = model(input_ids=inputs, use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / len(starts)
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _synchronised(model: torch.nn.Module, accelerator: Accelerator, last: bool) -> Any:
+    """Gradients cross the processes with the last microbatch of a step only."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _validate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], context: int) -> Perplexity:
+    model.eval()
+    scores = score_documents(model, tokenizer, texts, context=context)
+    model.train()
+    return perplexity(scores)
+
+
+def _figures(found: Perplexity) -> dict[str, Any]:
+    return {
+        **found.nats_per_token.as_keys("validation_nats_per_token"),
+        "validation_perplexity": round(found.perplexity, 4),
+        **found.bits_per_byte.as_keys("validation_bits_per_byte"),
+    }
