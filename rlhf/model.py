@@ -180,3 +180,29 @@ def model_card(title: str, what: str, facts: dict[str, Any]) -> str:
         f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {title}\n\n{what}\n\n"
         f"Made by the package `rlhf`; loads with plain `transformers`.\n\n| | |\n| --- | --- |\n{rows}\n"
     )
+
+
+class Critic(nn.Module):
+    """A value for every position: a transformer's backbone with a linear head of one output."""
+
+    def __init__(self, backbone: PreTrainedModel, head: nn.Linear, mean: float) -> None:
+        super().__init__()
+        self.backbone, self.head, self.mean = backbone, head, mean
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Values [B, L], float32, from ids [B, L] with any padding on the right."""
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        values: torch.Tensor = self.head(hidden).squeeze(-1).float() - self.mean
+        return values
+
+
+def critic_from_scorer(scorer: PreTrainedModel, mean: float) -> Critic:
+    """A critic that starts as the reward model: its values begin in the units of the score."""
+    return Critic(scorer.base_model, scorer.score, mean)
+
+
+def critic_from_policy(policy: PreTrainedModel) -> Critic:
+    """A critic that starts from the policy's backbone, its values at zero."""
+    head = nn.Linear(policy.config.hidden_size, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return Critic(policy.base_model, head, 0.0)

@@ -148,10 +148,10 @@ class SftSection(Section):
 class CollectSection(Section):
     """Comparisons made here: responses that the SFT model samples, labelled by the built-in world's labellers."""
 
-    prompts: Literal["tinyworld"] = Field("tinyworld", description="whose prompts, and whose labellers")
-    train_prompts: int = Field(ge=1, description="how many training prompts (a prompt can come several times)")
-    test_prompts: int = Field(ge=1, description="how many held-out prompts")
-    responses_per_prompt: int = Field(2, ge=2, description="responses of a prompt; every two different are compared")
+    labeller: Literal["tinyworld"] = Field("tinyworld", description="whose prompts, and who compares the responses")
+    train_prompts: int = Field(ge=1, description="training prompts, at most as many as there are")
+    test_prompts: int = Field(ge=1, description="held-out prompts, at most as many as there are")
+    responses_per_prompt: int = Field(2, ge=2, description="responses of a prompt; all different ones are compared")
     sampling: Sampling = Field(description="how the responses are drawn")
 
 
@@ -211,7 +211,6 @@ class PpoSection(Section):
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient, policy and critic apart")
     no_end_penalty: float = Field(1.0, ge=0, description="taken from the score of a response that does not end")
-    whiten_scores: bool = Field(False, description="scale each update's scores to variance 1 over all processes")
     log_every: int = Field(1, ge=1, description="updates between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
 
     @model_validator(mode="after")

@@ -1,0 +1,301 @@
+"""The reward stage: Bradley-Terry on comparisons of two responses to a prompt, on TRL's RewardTrainer.
+
+Comparisons come from files, or are made here: the SFT model samples responses, the built-in world's labellers compare
+them. Bradley-Terry fixes neither origin nor scale of the scores, so both are set after training: on the responses that
+were compared in training, the score has mean 0 and variance 1. The scale is folded into the head's weight; the mean
+travels in the model's configuration, since the head has no bias, and is taken off by every judge.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from rlhf.data.rows import Comparison
+from rlhf.errors import DataError, UserError
+from rlhf.functional.intervals import mean_estimate, proportion_estimate
+from rlhf.judge import raw_scores, score_mean
+from rlhf.model import (
+    count_parameters,
+    load_causal_lm,
+    load_scorer,
+    model_card,
+    save_model,
+    use_special_tokens,
+)
+from rlhf.recipe import CollectSection, Recipe, RewardSection
+from rlhf.rollout import CacheEngine, uniforms
+from rlhf.rundir import RunDir
+from rlhf.runtime import Bar, MetricsLog, derive_seed, log
+from rlhf.tinyworld.dialogues import shuffled_prompts
+from rlhf.tinyworld.oracle import gold_reward, prefers_first
+from rlhf.tinyworld.words import Draw
+from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer
+from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
+from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
+
+
+class Pair(NamedTuple):
+    """A comparison with the ids that the model reads."""
+
+    comparison: Comparison
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+    """Trains the reward model and saves it in reward/model."""
+    settings = recipe.reward
+    assert settings is not None
+    directory = run.stage("reward")
+    start = starting_model(recipe, run, "reward")
+    tokenizer = load_tokenizer(start)
+    if not tokenizer.chat_template:
+        raise UserError(f"{start} has no chat template; run the stage sft first, or name a chat model as base")
+    train, test = _comparisons(recipe, settings, tokenizer, start, directory.path)
+
+    if settings.from_:
+        model, trained = load_scorer(settings.from_), {}
+        _check_same_tokenizer(settings.from_, tokenizer)
+    else:
+        model, trained = _trained(recipe, settings, start, tokenizer, train, directory.path)
+        _normalise(model, train)
+    summary = {"parameters": count_parameters(model), **trained, **_measure(model, test, settings.gold_margin)}
+    log(
+        f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']} held-out pairs; "
+        f"'longer wins' has {summary['length_baseline_accuracy']:.3f}"
+        + (f"; gold accuracy {summary['gold_accuracy']:.3f}" if "gold_accuracy" in summary else "")
+    )
+    card = model_card(
+        f"{recipe.name}: reward model",
+        "Scores a conversation at its last token. Subtract `score_mean` of config.json from the output.",
+        card_facts(summary, "parameters", "pairs_train", "accuracy", "length_baseline_accuracy", "gold_accuracy"),
+    )
+    save_model(model, tokenizer, directory.model, card)
+    return summary
+
+
+# Comparisons
+
+
+def _comparisons(
+    recipe: Recipe, settings: RewardSection, tokenizer: PreTrainedTokenizerBase, start: str, directory: Path
+) -> tuple[list[Pair], list[Pair]]:
+    """The comparisons to learn from and to measure on, none longer than the recipe allows."""
+    parts: list[list[Pair]] = [[], []]
+    if settings.collect:
+        model = load_causal_lm(start)
+        for part, split, prompts in zip(
+            parts, ("train", "test"), (settings.collect.train_prompts, settings.collect.test_prompts), strict=True
+        ):
+            part += _collect(recipe, settings.collect, model, tokenizer, split, prompts)
+            _save_comparisons(part, directory / f"comparisons.{split}.jsonl")
+    for part, sources in zip(parts, (settings.train, settings.test), strict=True):
+        if sources:
+            dataset = open_data(recipe, "reward", sources, "comparisons", "train")
+            part += [_tokenised(tokenizer, comparison) for comparison in dataset]
+            report_faults(dataset)
+    for name, part in zip(("train", "test"), parts, strict=True):
+        fit = [pair for pair in part if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= settings.max_tokens]
+        if len(fit) < len(part):
+            log(
+                f"reward: {len(part) - len(fit)} of {len(part)} {name} pairs are longer than {settings.max_tokens} "
+                "tokens and left out"
+            )
+        part[:] = fit
+        if not part and not (name == "train" and settings.from_):
+            raise DataError(f"reward.{name}: no comparison of at most {settings.max_tokens} tokens")
+    return parts[0], parts[1]
+
+
+def _collect(
+    recipe: Recipe,
+    settings: CollectSection,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Any,
+    n_prompts: int,
+) -> list[Pair]:
+    """Samples responses and has every two different ones of a prompt compared by a simulated labeller."""
+    seed = derive_seed(recipe.seed, "reward", split)
+    prompts = shuffled_prompts(split, seed, n_prompts)
+    each = settings.responses_per_prompt
+    asked = [prompt for prompt in prompts for _ in range(each)]
+    prompt_ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in asked]
+    with Bar(f"reward: sampling {split}", len(asked)) as bar:
+        engine = CacheEngine(
+            model,
+            end_ids=[tokenizer.eos_token_id],
+            pad_id=tokenizer.pad_token_id,
+            max_tokens=settings.sampling.max_tokens,
+            temperature=settings.sampling.temperature,
+            progress=bar.show,
+        )
+        draws = uniforms(seed, 0, range(len(asked)), settings.sampling.max_tokens)
+        responses = engine.generate(prompt_ids, draws)
+    texts = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in responses]
+    labeller = Draw("labeller", seed)
+    pairs = []
+    for group in range(0, len(asked), each):
+        for a, b in itertools.combinations(range(group, group + each), 2):
+            if texts[a] == texts[b]:
+                continue
+            first = prefers_first(asked[a], texts[a], texts[b], labeller)
+            better, worse = (a, b) if first else (b, a)
+            comparison = Comparison(
+                [{"role": "user", "content": asked[a]}],
+                texts[better],
+                texts[worse],
+                gold_reward(asked[a], texts[better]),
+                gold_reward(asked[a], texts[worse]),
+                "tinyworld",
+            )
+            pairs.append(
+                Pair(comparison, prompt_ids[better] + responses[better].ids, prompt_ids[worse] + responses[worse].ids)
+            )
+    return pairs
+
+
+def _save_comparisons(pairs: list[Pair], path: Path) -> None:
+    """A preference file in the usual format, so that what was compared can be read and used again."""
+    with path.open("w", encoding="utf-8") as file:
+        for comparison, _, _ in pairs:
+            file.write(json.dumps(comparison._asdict(), ensure_ascii=False) + "\n")
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> Pair:
+    ids = [
+        encode_chat(tokenizer, [*comparison.prompt, {"role": "assistant", "content": response}]).ids
+        for response in (comparison.chosen, comparison.rejected)
+    ]
+    return Pair(comparison, *ids)
+
+
+def _check_same_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    other = load_tokenizer(directory)
+    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
+        raise UserError(
+            f"reward.from: the judge in {directory} has another tokenizer or chat template than the model that it "
+            "is to judge; it must have been made from the same SFT model"
+        )
+
+
+# Training
+
+
+def _trained(
+    recipe: Recipe,
+    settings: RewardSection,
+    start: str,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[Pair],
+    directory: Path,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    torch.manual_seed(derive_seed(recipe.seed, "reward", "head"))
+    model = load_scorer(start, fresh_head=True)
+    use_special_tokens(model, tokenizer)
+    size, passes = accumulation(settings.pairs_per_step, settings.microbatch_size, 1, "pairs_per_step")
+    steps = max(1, round(settings.epochs * len(train) / settings.pairs_per_step))
+    log(
+        f"reward: {count_parameters(model):,} parameters; {len(train):,} pairs, {settings.epochs} epochs = {steps} "
+        f"steps of {settings.pairs_per_step} pairs ({passes} microbatches x {size})"
+    )
+    arguments = RewardConfig(
+        **trainer_arguments(
+            output=directory / "trainer",
+            seed=recipe.seed,
+            stage="reward",
+            steps=steps,
+            size=size,
+            passes=passes,
+            learning_rate=settings.learning_rate,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
+            gradient_clipping=settings.gradient_clipping,
+            log_every=settings.log_every,
+        ),
+        max_length=None,
+    )
+    figures = {
+        "loss": "loss",
+        "accuracy": "accuracy",
+        "margin": "margin",
+        "learning_rate": "learning_rate",
+        "grad_norm": "gradient_norm",
+    }
+    dataset = Dataset.from_dict(
+        {"chosen_ids": [pair.chosen_ids for pair in train], "rejected_ids": [pair.rejected_ids for pair in train]}
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[ShowProgress("reward", steps, MetricsLog(directory / "metrics.jsonl"), figures)],
+    )
+    without_printing(trainer).train()
+    model.eval()
+    return model, {"steps": steps, "pairs_train": len(train)}
+
+
+@torch.no_grad()
+def _normalise(model: PreTrainedModel, train: list[Pair]) -> None:
+    """Gives the scores of the compared responses mean 0 and variance 1."""
+    distinct = {tuple(ids) for pair in train for ids in (pair.chosen_ids, pair.rejected_ids)}
+    scores = raw_scores(model, [list(ids) for ids in sorted(distinct)])
+    scale = pstdev(scores)
+    if scale < 1e-6:
+        raise UserError("the reward model gives every response the same score: nothing was learned from the pairs")
+    model.score.weight.div_(scale)
+    model.config.score_mean = fmean(scores) / scale
+
+
+# Measuring
+
+
+def _measure(model: PreTrainedModel, test: list[Pair], gold_margin: float) -> dict[str, Any]:
+    """Accuracy on held-out comparisons, beside what the length alone would give, and on gold where it is known."""
+    scores = raw_scores(model, [ids for pair in test for ids in (pair.chosen_ids, pair.rejected_ids)])
+    mean = score_mean(model)
+    chosen, rejected = scores[::2], scores[1::2]
+    right = [a > b for a, b in zip(chosen, rejected, strict=True)]
+    longer = [_longer_wins(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in test]
+    found: dict[str, Any] = {
+        "pairs_test": len(test),
+        **proportion_estimate(sum(right), len(test)).as_keys("accuracy", 4),
+        **proportion_estimate(sum(longer), len(test)).as_keys("length_baseline_accuracy", 4),
+        **mean_estimate([score - mean for score in scores]).as_keys("score", 4),
+    }
+    return {**found, **_gold_figures(test, right, gold_margin)}
+
+
+def _longer_wins(chosen: int, rejected: int) -> float:
+    return 0.5 if chosen == rejected else float(chosen > rejected)
+
+
+def _gold_figures(test: Sequence[Pair], right: Sequence[bool], margin: float) -> dict[str, Any]:
+    """How often the model and the labellers prefer what gold prefers, where the truth is known."""
+    model_agrees, labels_agree = [], []
+    for pair, is_right in zip(test, right, strict=True):
+        if pair.comparison.gold_chosen is None or pair.comparison.gold_rejected is None:
+            continue
+        difference = pair.comparison.gold_chosen - pair.comparison.gold_rejected
+        if abs(difference) > 1e-9:
+            labels_agree.append(difference > 0)
+        if abs(difference) > 1e-9 and abs(difference) >= margin - 1e-9:
+            model_agrees.append(is_right == (difference > 0))
+    if not labels_agree or not model_agrees:
+        return {}
+    return {
+        **proportion_estimate(sum(model_agrees), len(model_agrees)).as_keys("gold_accuracy", 4),
+        "gold_margin": margin,
+        "gold_pairs": len(model_agrees),
+        **proportion_estimate(sum(labels_agree), len(labels_agree)).as_keys("labellers_agree_with_gold", 4),
+    }

@@ -1,0 +1,203 @@
+"""The sft stage: supervised fine-tuning on TRL's SFTTrainer, the loss on the assistant's tokens only.
+
+Conversations are tokenised by us, segment by segment, so that text which looks like a special token stays text; the
+trainer gets ids and labels. Fixes the chat template, the pad token and the end token for every later stage.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from rlhf.data.rows import Messages
+from rlhf.errors import DataError
+from rlhf.functional.intervals import proportion_estimate, ratio_estimate
+from rlhf.model import (
+    count_parameters,
+    disable_dropout,
+    load_causal_lm,
+    model_card,
+    resize_for,
+    save_model,
+    use_special_tokens,
+)
+from rlhf.recipe import Recipe, SftSection
+from rlhf.rollout import CacheEngine, uniforms
+from rlhf.rundir import RunDir
+from rlhf.runtime import MetricsLog, derive_seed, log
+from rlhf.tokenizer import EncodedChat, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat, visible
+from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
+from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
+
+IGNORED = -100  # the label of a token that is not learned
+
+
+def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+    """Fine-tunes the base model and saves it in sft/model."""
+    settings = recipe.sft
+    assert settings is not None
+    directory = run.stage("sft")
+    start = starting_model(recipe, run, "sft")
+    tokenizer = load_tokenizer(start)
+    added = prepare_for_chat(tokenizer, settings.chat_template)
+    model = load_causal_lm(start)
+    torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
+    resize_for(model, tokenizer)
+    use_special_tokens(model, tokenizer)
+
+    train, too_long = _encoded(recipe, settings, tokenizer, "train")
+    validation, _ = _encoded(recipe, settings, tokenizer, "validation")
+    size, passes = accumulation(settings.dialogues_per_step, settings.microbatch_size, 1, "dialogues_per_step")
+    log(
+        f"sft: {count_parameters(model):,} parameters; {settings.steps} steps of {settings.dialogues_per_step} "
+        f"dialogues ({passes} microbatches x {size}); {len(train):,} dialogues, "
+        f"{settings.steps * settings.dialogues_per_step / len(train):.2f} passes; {too_long} too long; "
+        f"{added} tokens added to the vocabulary"
+    )
+    log("sft: the first dialogue, what is trained in [brackets]:\n  " + _marked(tokenizer, train[0]))
+
+    seconds = _train(model, tokenizer, train, settings, size, passes, recipe.seed, directory.path)
+    disable_dropout(model)
+    model.eval()
+    tokens = sum(len(chat.ids) for chat in train) / len(train) * settings.steps * settings.dialogues_per_step
+    summary = {
+        "parameters": count_parameters(model),
+        "steps": settings.steps,
+        "tokens": round(tokens),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "dialogues_train": len(train),
+        "dialogues_validation": len(validation),
+        "dialogues_too_long": too_long,
+        **_validation_loss(model, validation),
+        **_share_ended(recipe, settings, model, tokenizer),
+    }
+    card = model_card(
+        f"{recipe.name}: chat model (SFT)",
+        "Fine-tuned on conversations, the loss on the assistant's turns only.",
+        card_facts(summary, "parameters", "steps", "validation_nats_per_token", "responses_ended"),
+    )
+    save_model(model, tokenizer, directory.model, card)
+    return summary
+
+
+def _encoded(
+    recipe: Recipe, settings: SftSection, tokenizer: PreTrainedTokenizerBase, split: str
+) -> tuple[list[EncodedChat], int]:
+    """The conversations that fit, and how many did not."""
+    sources = settings.train if split == "train" else settings.validation
+    dataset = open_data(recipe, "sft", sources, "conversations", "train" if split == "train" else "validation")
+    chats = [encode_chat(tokenizer, messages) for messages in dataset]
+    report_faults(dataset)
+    kept = [chat for chat in chats if len(chat.ids) <= settings.max_tokens]
+    if not kept:
+        raise DataError(f"sft.{split}: none of the {len(chats)} conversations has at most {settings.max_tokens} tokens")
+    end = tokenizer.eos_token_id
+    if not any(token == end and trained for chat in kept for token, trained in zip(*chat, strict=True)):
+        raise DataError(
+            f"sft.{split}: the end token {tokenizer.eos_token!r} is nowhere among the trained tokens, so the model "
+            "would never learn to stop; check the chat template's generation markers"
+        )
+    return kept, len(chats) - len(kept)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> str:
+    text, inside = "", False
+    for token, trained in zip(*chat, strict=True):
+        if trained != inside:
+            text += "[" if trained else "]"
+            inside = trained
+        text += tokenizer.decode([token])
+    return visible(text + ("]" if inside else "")).replace("\n", "\n  ")
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[EncodedChat],
+    settings: SftSection,
+    size: int,
+    passes: int,
+    seed: int,
+    directory: Path,
+) -> float:
+    """Trains the model in place; returns the seconds that it took."""
+    arguments = SFTConfig(
+        **trainer_arguments(
+            output=directory / "trainer",
+            seed=seed,
+            stage="sft",
+            steps=settings.steps,
+            size=size,
+            passes=passes,
+            learning_rate=settings.learning_rate,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
+            gradient_clipping=settings.gradient_clipping,
+            log_every=settings.log_every,
+        ),
+        max_length=None,
+        packing=False,
+    )
+    figures = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_dataset(train),
+        processing_class=tokenizer,
+        callbacks=[ShowProgress("sft", settings.steps, MetricsLog(directory / "metrics.jsonl"), figures)],
+    )
+    started = time.monotonic()
+    without_printing(trainer).train()
+    return time.monotonic() - started
+
+
+def _dataset(chats: list[EncodedChat]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [chat.ids for chat in chats],
+            "labels": [[token if trained else IGNORED for token, trained in zip(*chat, strict=True)] for chat in chats],
+        }
+    )
+
+
+@torch.inference_mode()
+def _validation_loss(model: PreTrainedModel, chats: list[EncodedChat], batch: int = 64) -> dict[str, Any]:
+    """Nats per trained token over all validation conversations: sums first, one division."""
+    nats, counts = [], []
+    pad = model.config.pad_token_id
+    for start in range(0, len(chats), batch):
+        rows = chats[start : start + batch]
+        longest = max(len(chat.ids) for chat in rows)
+        ids = torch.tensor([chat.ids + [pad] * (longest - len(chat.ids)) for chat in rows], device=model.device)
+        mask = torch.tensor([chat.trained + [False] * (longest - len(chat.ids)) for chat in rows], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        nats += torch.where(mask[:, 1:], -logprobs, 0.0).double().sum(1).tolist()
+        counts += mask[:, 1:].sum(1).double().tolist()
+    return ratio_estimate(nats, counts).as_keys("validation_nats_per_token")
+
+
+def _share_ended(
+    recipe: Recipe, settings: SftSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The share of sampled responses that stop by themselves, and a few of them for the eye."""
+    dataset = open_data(recipe, "sft", settings.validation, "conversations", "validation")
+    prompts: list[Messages] = [messages[:-1] for messages in dataset][: settings.sampled_prompts]
+    engine = CacheEngine(
+        model,
+        end_ids=[tokenizer.eos_token_id],
+        pad_id=tokenizer.pad_token_id,
+        max_tokens=settings.sampling.max_tokens,
+        temperature=settings.sampling.temperature,
+    )
+    draws = uniforms(derive_seed(recipe.seed, "sft", "sampling"), 0, range(len(prompts)), settings.sampling.max_tokens)
+    responses = engine.generate([encode_prompt(tokenizer, prompt) for prompt in prompts], draws)
+    for prompt, response in list(zip(prompts, responses, strict=True))[:3]:
+        text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        log(f"sft: {visible(prompt[-1]['content'])} -> {visible(text)}")
+    ended = sum(response.ended for response in responses)
+    return proportion_estimate(ended, len(responses)).as_keys("responses_ended")
