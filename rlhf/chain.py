@@ -21,33 +21,10 @@ from pydantic import BaseModel
 import rlhf
 from rlhf.data.files import source_files
 from rlhf.errors import MissingInput, StageFailed, UserError
-from rlhf.recipe import Recipe, Source, StageName, result_fields
+from rlhf.recipe import Recipe, Source, StageName, needs_base, result_fields, upstream
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, write_json
 
 # What a stage stands on
-
-_UPSTREAM: dict[str, tuple[StageName, ...]] = {
-    "tokenizer": (),
-    "pretrain": ("tokenizer",),
-    "sft": ("pretrain",),
-    "reward": ("sft",),
-    "ppo": ("sft", "reward"),
-    "evaluate": ("pretrain", "sft", "ppo"),
-}
-
-
-def upstream(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
-    """The stages of this recipe whose models the stage reads."""
-    return tuple(name for name in _UPSTREAM[stage] if name in recipe.stages)
-
-
-def needs_base(recipe: Recipe, stage: StageName) -> bool:
-    """Whether the stage reads the recipe's `base` itself."""
-    if recipe.base is None:
-        return False
-    if stage == "evaluate":
-        return True
-    return stage in ("sft", "reward", "ppo") and not {"pretrain", "sft"} & set(upstream(recipe, stage))
 
 
 def sources_in(section: BaseModel) -> Iterator[Source]:

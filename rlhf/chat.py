@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from rlhf.data.rows import Messages
 from rlhf.errors import UserError
 from rlhf.model import load_causal_lm
 from rlhf.runtime import derive_seed, device, quiet_libraries
-from rlhf.tokenizer import encode_prompt, load_tokenizer, visible
+from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer, visible
 
 
 def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: float, seed: int) -> None:

@@ -65,11 +65,8 @@ def run(
         raise UserError(f"the recipe {recipe} has no stage {stage}; its stages are: {' '.join(settings.stages)}")
     command = "rlhf " + " ".join(sys.argv[1:])
     if "LOCAL_RANK" in os.environ:
-        if stage == "all":
-            raise UserError("under accelerate launch, run one stage at a time; `all` starts processes of its own")
-        chain.run_as_rank(settings, wanted[0], runs_dir, fresh=fresh, command=command, recipe_name=recipe)
-    else:
-        chain.run_chain(settings, tuple(wanted), runs_dir, fresh=fresh, command=command, recipe_name=recipe)
+        raise UserError("rlhf starts the processes of its stages itself; run it without a launcher")
+    chain.run_chain(settings, tuple(wanted), runs_dir, fresh=fresh, command=command, recipe_name=recipe)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.data.rows import Messages
+from rlhf.tokenizer import Messages
 
 TOKEN_BUDGET = 8192
 

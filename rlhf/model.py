@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rlhf.errors import MissingInput, UserError
+from rlhf.functional.masked import widened
 from rlhf.rundir import write_atomically
 from rlhf.tokenizer import token_info
 
@@ -38,6 +39,7 @@ def causal_lm_config(
     mlp_width: int | None,
     context: int,
     rope_theta: float,
+    initializer_range: float,
     tie_embeddings: bool,
     special: dict[str, Any],
 ) -> PreTrainedConfig:
@@ -50,6 +52,7 @@ def causal_lm_config(
             n_head=heads,
             n_inner=mlp_width,
             n_positions=context,
+            initializer_range=initializer_range,
             tie_word_embeddings=tie_embeddings,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -65,6 +68,7 @@ def causal_lm_config(
         "intermediate_size": mlp_width or round(width * 8 / 3 / 32) * 32 or 32,
         "max_position_embeddings": context,
         "rope_theta": rope_theta,
+        "initializer_range": initializer_range,
         "tie_word_embeddings": tie_embeddings,
         **special,
     }
@@ -190,9 +194,9 @@ class Critic(nn.Module):
         self.backbone, self.head, self.mean = backbone, head, mean
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Values [B, L], float32, from ids [B, L] with any padding on the right."""
+        """Values [B, L], at least float32, from ids [B, L] with any padding on the right."""
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-        values: torch.Tensor = self.head(hidden).squeeze(-1).float() - self.mean
+        values: torch.Tensor = widened(self.head(hidden).squeeze(-1)) - self.mean
         return values
 
 

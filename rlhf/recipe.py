@@ -20,7 +20,7 @@ from rlhf.errors import RecipeError
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
-_NO_RESULT = {"changes_result": False}
+_NO_RESULT: dict[str, Any] = {"changes_result": False}
 
 
 class Section(BaseModel):
@@ -79,6 +79,7 @@ class ModelSection(Section):
     mlp_width: int | None = Field(None, ge=8, description="inner size of the MLP; default: 8/3 width (gpt2: 4 width)")
     context: int = Field(256, ge=8, description="longest sequence in tokens")
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary position embedding (not gpt2)")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the random weights")
     tie_embeddings: bool = Field(True, description="share the input embedding with the output head")
 
     @model_validator(mode="after")
@@ -290,6 +291,32 @@ def _check_name(name: str) -> str:
     return name
 
 
+# What a stage stands on
+
+_UPSTREAM: dict[str, tuple[StageName, ...]] = {
+    "tokenizer": (),
+    "pretrain": ("tokenizer",),
+    "sft": ("pretrain",),
+    "reward": ("sft",),
+    "ppo": ("sft", "reward"),
+    "evaluate": ("pretrain", "sft", "ppo"),
+}
+
+
+def upstream(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
+    """The stages of this recipe whose models the stage reads."""
+    return tuple(name for name in _UPSTREAM[stage] if name in recipe.stages)
+
+
+def needs_base(recipe: Recipe, stage: StageName) -> bool:
+    """Whether the stage reads the recipe's `base` itself."""
+    if recipe.base is None:
+        return False
+    if stage == "evaluate":
+        return True
+    return stage in ("sft", "reward", "ppo") and not {"pretrain", "sft"} & set(upstream(recipe, stage))
+
+
 # Reading
 
 
@@ -348,7 +375,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES:,} bytes, so not a recipe")
     try:
         text = data.decode("utf-8-sig")
-        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(text, Loader=_StrictLoader)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}), so not a recipe") from None
     except yaml.YAMLError as error:
@@ -394,7 +421,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override {override!r}: expected key=value, for example ppo.kl.coefficient=0.1")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, last = key.split(".")
@@ -471,7 +498,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _plain(recipe: BaseModel) -> dict[str, Any]:
-    return typing.cast(dict[str, Any], recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
+    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def result_fields(section: BaseModel) -> dict[str, Any]:

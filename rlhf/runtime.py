@@ -93,6 +93,7 @@ class Bar:
         self._what, self._total = what, total
         self._console = Console(highlight=False, soft_wrap=True)
         self._started = self._printed = time.monotonic()
+        self._shown = -1
         self._rich: Progress | None = None
         if self._console.is_terminal:
             self._rich = Progress(
@@ -124,8 +125,8 @@ class Bar:
         text = "  ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in figures.items())
         if self._rich:
             self._rich.update(self._task, completed=done, figures=text, left=left)
-        elif now - self._printed >= PLAIN_LINE_SECONDS or done == self._total:
-            self._printed = now
+        elif now - self._printed >= PLAIN_LINE_SECONDS or done == self._total > self._shown:
+            self._printed, self._shown = now, done
             spent = format_seconds(now - self._started)
             self._console.print(
                 f"{self._what}  {done}/{self._total}  {text}  {spent} gone, {left} left", markup=False, soft_wrap=True

@@ -1,6 +1,7 @@
 """`rlhf status`: what a run has done and where it stands, from its files alone."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,12 @@ def _figures(stage: str, summary: dict[str, Any]) -> str:
 
 def _last_line(directory: StageDir) -> str:
     """The last figures of a stage that isn't complete: it runs now, or it was stopped there."""
-    last: dict[str, Any] = {}
-    for last in _metric_lines(directory.metrics):
-        pass
-    shown = {key: value for key, value in last.items() if isinstance(value, int | float) and key != "time"}
+    last = deque(_metric_lines(directory.metrics), maxlen=1)
+    shown = {
+        key: value
+        for key, value in (last[0] if last else {}).items()
+        if isinstance(value, int | float) and key != "time"
+    }
     return "at " + "  ".join(f"{key} {format_number(value)}" for key, value in list(shown.items())[:5]) if shown else ""
 
 

@@ -3,6 +3,7 @@
 Text that looks like a special token stays text: only the chat template's own text may become special tokens.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -227,7 +228,7 @@ def _cut(rendered: str, spans: list[tuple[int, int]], contents: list[str]) -> li
         borders |= {match.start(), match.end()}
     ordered = sorted(borders)
     pieces = []
-    for start, end in zip(ordered, ordered[1:], strict=False):
+    for start, end in itertools.pairwise(ordered):
         trained = any(a <= start and end <= b for a, b in spans)
         content = start in marks
         text = contents[int(marks[start][1])] if content else rendered[start:end]
@@ -263,7 +264,7 @@ def visible(text: str) -> str:
 
     def shown(character: str) -> str:
         code = ord(character)
-        control = code < 32 and character not in "\n\t" or 127 <= code < 160 or 0x202A <= code <= 0x202E
+        control = (code < 32 and character not in "\n\t") or 127 <= code < 160 or 0x202A <= code <= 0x202E
         return f"\\x{code:02x}" if control or 0x2066 <= code <= 0x2069 else character
 
     return "".join(map(shown, text))

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf.chain import upstream
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
 from rlhf.errors import RecipeError
-from rlhf.recipe import Recipe, Source, StageName
+from rlhf.recipe import Recipe, Source, StageName, upstream
 from rlhf.rundir import RunDir
 from rlhf.runtime import derive_seed, log
-from rlhf.tinyworld.documents import Split
+from rlhf.tinyworld.words import Split
 
 
 def open_data(recipe: Recipe, stage: str, sources: tuple[Source, ...], kind: data.Kind, split: Split) -> data.DataSet:

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import fewshot, tasks
 from evaluation.perplexity import perplexity, score_documents
-from rlhf.chain import upstream
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.model import count_parameters, load_causal_lm
-from rlhf.recipe import EvaluateSection, Recipe
+from rlhf.recipe import EvaluateSection, Recipe, upstream
 from rlhf.rundir import RunDir, write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
 from rlhf.tokenizer import load_tokenizer
@@ -42,7 +41,7 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
 
 
 def evaluate_directories(recipe: Recipe, directories: list[str], output: Path | None) -> None:
-    """Measures the given model directories by the recipe's evaluate section; the table on the terminal, JSON in a file."""
+    """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in a file."""
     with quiet_libraries():
         seed_everything(derive_seed(recipe.seed, "evaluate"))
         results, _ = _measure_all(recipe, {directory: directory for directory in directories})

@@ -1,7 +1,7 @@
 """The ppo stage: proximal policy optimisation of the SFT model against a judge, our own loop on Accelerate.
 
-One update: roll out a response to each prompt; score them; spread the score and the KL penalty over the tokens; estimate
-advantages; then, for some epochs, clipped policy and value steps on minibatches of whole episodes.
+One update: roll out a response to each prompt; score them; spread the score and the KL penalty over the tokens;
+estimate advantages; then, for some epochs, clipped policy and value steps on minibatches of whole episodes.
 
 Where it departs from Schulman et al. 2017 (arXiv:1707.06347), as RLHF does since Ziegler et al. 2019:
   - an episode is one response, an action one token; the score falls on the last real token;
@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.rows import Messages
 from rlhf.errors import StageFailed, UserError
 from rlhf.functional import ppo as maths
 from rlhf.functional.intervals import Estimate, mean_estimate
@@ -43,7 +42,7 @@ from rlhf.rundir import RunDir
 from rlhf.runtime import Bar, MetricsLog, derive_seed, log, make_accelerator
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import best_response, gold_reward
-from rlhf.tokenizer import encode_prompt, load_tokenizer, visible
+from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer, visible
 from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
@@ -110,7 +109,7 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     end_ids = _end_ids(roles.policy, tokenizer)
     before = _measure(roles, tokenizer, test, settings, recipe.seed, end_ids)
     log(f"ppo: before: {before.line()}")
-    learner = Learner(recipe, settings, roles, tokenizer, prompts, end_ids, size, accelerator)
+    learner = Learner(recipe.seed, settings, roles, tokenizer, prompts, end_ids, size, accelerator)
     metrics = MetricsLog(directory.metrics)
     started = time.monotonic()
     with Bar("ppo", settings.updates) as bar:
@@ -194,7 +193,7 @@ class Learner:
 
     def __init__(
         self,
-        recipe: Recipe,
+        seed: int,
         settings: PpoSection,
         roles: Roles,
         tokenizer: PreTrainedTokenizerBase,
@@ -204,7 +203,7 @@ class Learner:
         accelerator: Accelerator,
     ) -> None:
         self._settings, self._roles, self._tokenizer, self._prompts = settings, roles, tokenizer, prompts
-        self._seed, self._end_ids, self._microbatch = recipe.seed, end_ids, microbatch
+        self._seed, self._end_ids, self._microbatch = seed, end_ids, microbatch
         self._accelerator = accelerator
         policy_optimizer = torch.optim.AdamW(
             roles.policy.parameters(),
@@ -275,14 +274,14 @@ class Learner:
     ) -> tuple[Trajectory, dict[str, float]]:
         """Reference log-probabilities, values, rewards and advantages of the episodes."""
         s = self._settings
-        blank = _pack(chosen, responses, self._tokenizer.pad_token_id, self._accelerator.device)
+        blank = _pack(chosen, responses, self._tokenizer.pad_token_id, self._roles.policy)
         reference, values = [], []
         for part in torch.arange(len(chosen), device=blank.ids.device).split(self._microbatch * 2):
             rows = blank.rows(part)
             reference.append(_pad_to(_logprobs_without_gradient(self._roles.reference, rows, s), blank.mask))
             values.append(_pad_to(_values_without_gradient(self._roles.critic, rows), blank.mask))
-        ended = torch.tensor([response.ended for response in responses], device=blank.ids.device)
-        final_scores = torch.tensor(scores, device=blank.ids.device) - s.no_end_penalty * (~ended).float()
+        penalties = [0.0 if response.ended else s.no_end_penalty for response in responses]
+        final_scores = blank.logprobs.new_tensor(scores) - blank.logprobs.new_tensor(penalties)
         kl = torch.where(blank.mask, blank.logprobs - torch.cat(reference), 0.0)
         rewards = maths.token_rewards(final_scores, kl, blank.mask, s.kl.coefficient)
         all_values = torch.where(blank.mask, torch.cat(values), 0.0)
@@ -369,21 +368,22 @@ class Learner:
 # Episodes as tensors
 
 
-def _pack(chosen: list[Prompt], responses: list[Response], pad: int, device: torch.device) -> Trajectory:
-    """The episodes as one Trajectory whose values, advantages and returns are still zero."""
+def _pack(chosen: list[Prompt], responses: list[Response], pad: int, policy: PreTrainedModel) -> Trajectory:
+    """The episodes as one Trajectory, on the policy's device, whose values, advantages and returns are still zero."""
+    dtype = torch.promote_types(policy.dtype, torch.float32)
     lengths = [len(prompt.ids) for prompt in chosen]
     counts = [len(response.ids) for response in responses]
     whole, longest = max(a + b for a, b in zip(lengths, counts, strict=True)), max(counts)
     ids = torch.full((len(chosen), whole), pad)
     mask = torch.zeros(len(chosen), longest, dtype=torch.bool)
-    logprobs = torch.zeros(len(chosen), longest)
+    logprobs = torch.zeros(len(chosen), longest, dtype=dtype)
     for row, (prompt, response) in enumerate(zip(chosen, responses, strict=True)):
         ids[row, : lengths[row] + counts[row]] = torch.tensor(prompt.ids + response.ids)
         mask[row, : counts[row]] = True
-        logprobs[row, : counts[row]] = torch.tensor(response.logprobs)
-    zeros = torch.zeros(len(chosen), longest)
+        logprobs[row, : counts[row]] = torch.tensor(response.logprobs, dtype=dtype)
+    zeros = torch.zeros_like(logprobs)
     tensors = (ids, torch.tensor(lengths), mask, logprobs, zeros, zeros, zeros)
-    return Trajectory(*(tensor.to(device) for tensor in tensors))
+    return Trajectory(*(tensor.to(policy.device) for tensor in tensors))
 
 
 def _window(rows: Trajectory, offset: int) -> Tensor:
@@ -417,7 +417,7 @@ def _logprobs_without_gradient(model: PreTrainedModel, rows: Trajectory, setting
 
 @torch.inference_mode()
 def _values_without_gradient(critic: Critic, rows: Trajectory) -> Tensor:
-    return _response_values(critic, rows).float()
+    return _response_values(critic, rows)
 
 
 def _pad_to(values: Tensor, mask: Tensor) -> Tensor:
@@ -476,7 +476,7 @@ def _measure(
     draws = uniforms(derive_seed(seed, "ppo", "test"), 0, range(len(test)), settings.sampling.max_tokens)
     responses = _engine(roles.policy, tokenizer, settings, end_ids).generate([prompt.ids for prompt in test], draws)
     conversations = [_conversation(tokenizer, *pair) for pair in zip(test, responses, strict=True)]
-    blank = _pack(test, responses, tokenizer.pad_token_id, roles.policy.device)
+    blank = _pack(test, responses, tokenizer.pad_token_id, roles.policy)
     kl: list[float] = []
     for part in torch.arange(len(test), device=blank.ids.device).split(64):
         rows = blank.rows(part)

@@ -121,6 +121,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             mlp_width=m.mlp_width,
             context=m.context,
             rope_theta=m.rope_theta,
+            initializer_range=m.initializer_range,
             tie_embeddings=m.tie_embeddings,
             special=token_info(tokenizer),
         )

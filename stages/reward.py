@@ -61,8 +61,9 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         raise UserError(f"{start} has no chat template; run the stage sft first, or name a chat model as base")
     train, test = _comparisons(recipe, settings, tokenizer, start, directory.path)
 
+    trained: dict[str, Any] = {}
     if settings.from_:
-        model, trained = load_scorer(settings.from_), {}
+        model = load_scorer(settings.from_)
         _check_same_tokenizer(settings.from_, tokenizer)
     else:
         model, trained = _trained(recipe, settings, start, tokenizer, train, directory.path)

@@ -13,7 +13,6 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.data.rows import Messages
 from rlhf.errors import DataError
 from rlhf.functional.intervals import proportion_estimate, ratio_estimate
 from rlhf.model import (
@@ -29,7 +28,7 @@ from rlhf.recipe import Recipe, SftSection
 from rlhf.rollout import CacheEngine, uniforms
 from rlhf.rundir import RunDir
 from rlhf.runtime import MetricsLog, derive_seed, log
-from rlhf.tokenizer import EncodedChat, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat, visible
+from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat, visible
 from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
 from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
 

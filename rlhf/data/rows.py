@@ -6,7 +6,7 @@ A `Malformed` error inside a converter becomes the fault of that row.
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-Messages = list[dict[str, str]]
+from rlhf.tokenizer import Messages
 
 T = TypeVar("T")
 

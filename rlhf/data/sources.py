@@ -5,14 +5,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rlhf.data.reader import Faults, Row, read_rows
-from rlhf.data.rows import Malformed, Messages, to_comparison, to_conversation, to_prompt, to_text
 from rlhf.data.files import source_files
+from rlhf.data.reader import Faults, Row, read_rows
+from rlhf.data.rows import Malformed, to_comparison, to_conversation, to_prompt, to_text
 from rlhf.errors import DataError, UserError
 from rlhf.recipe import Source
 from rlhf.tinyworld import dialogues, documents
-from rlhf.tinyworld.documents import Split
-from rlhf.tinyworld.words import Draw
+from rlhf.tinyworld.words import Draw, Split
 
 T = TypeVar("T")
 Kind = Literal["texts", "conversations", "prompts", "comparisons"]
@@ -146,7 +145,6 @@ def shuffled(items: list[T], *seed: object) -> list[T]:
 
 __all__ = [
     "DataSet",
-    "Messages",
     "OpenSource",
     "comparisons",
     "conversations",

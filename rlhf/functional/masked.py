@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def widened(values: Tensor) -> Tensor:
+    """The values in float32, or as they are where they have more digits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """The sum of the values that count, a scalar. What stands behind the mask may be anything, NaN too."""
     return torch.where(mask, values, 0.0).sum()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.functional.masked import masked_mean, masked_sum
+from rlhf.functional.masked import masked_mean, masked_sum, widened
 
 
 class Advantages(NamedTuple):
@@ -27,15 +27,15 @@ class Loss(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token, nats, float32 [..., T] from logits [..., T, V] and tokens [..., T]."""
-    scaled = logits.float() / temperature
+    """Log-probability of each token, nats, at least float32 [..., T] from logits [..., T, V] and tokens [..., T]."""
+    scaled = widened(logits) / temperature
     chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - scaled.logsumexp(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of each position's distribution, nats, float32 [..., T] from logits [..., T, V]."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
+    """Entropy of each position's distribution, nats, at least float32 [..., T] from logits [..., T, V]."""
+    logprobs = (widened(logits) / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -76,7 +76,8 @@ def generalised_advantages(
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_ratio: float) -> Loss:
     """The clipped surrogate objective, Schulman et al. 2017 (arXiv:1707.06347), equation 7, negated and summed."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     free = -advantages * ratio
     bounded = -advantages * ratio.clamp(1.0 - clip_ratio, 1.0 + clip_ratio)
@@ -88,6 +89,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
     The clipping is absolute, in units of the score; Engstrom et al. 2020 (arXiv:2005.12729) discuss it.
     """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     bounded = old_values + (values - old_values).clamp(-clip_value, clip_value)
     free_error, bounded_error = (values - returns).square(), (bounded - returns).square()
     loss = 0.5 * masked_sum(torch.maximum(free_error, bounded_error), mask)

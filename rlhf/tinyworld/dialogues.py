@@ -3,8 +3,7 @@
 from functools import cache
 from typing import NamedTuple
 
-from rlhf.tinyworld.documents import Split
-from rlhf.tinyworld.words import Draw, Fact, answers, facts, statement, text_hash, words
+from rlhf.tinyworld.words import Draw, Fact, Split, answers, facts, statement, text_hash, words
 
 TEST_PROMPTS = 0.15
 VALIDATION_PROMPTS = 0.10

@@ -1,15 +1,13 @@
-"""What the built-in world's models read: documents for pretraining, kept apart by their text into train and held-out."""
+"""What the built-in world's base models read: documents, kept apart by their text into train and held-out."""
 
 from collections.abc import Iterator
-from typing import Literal
 
+from rlhf.tinyworld.dialogues import prompts, questions
 from rlhf.tinyworld.incontext import lines, recall_document, rules_document
-from rlhf.tinyworld.words import Draw, Fact, answers, facts, statement, text_hash, words
+from rlhf.tinyworld.words import Draw, Fact, Split, facts, statement, text_hash, words
 
-Split = Literal["train", "validation", "test"]
-
-MIXTURE = {"rules": 0.24, "recall": 0.36, "known": 0.12, "facts": 0.24, "reviews": 0.04}
-"""Shares of the documents: in-context families, in-context tasks that the task line names, sentences, reviews."""
+MIXTURE = {"rules": 0.22, "recall": 0.36, "known": 0.08, "facts": 0.10, "questions": 0.20, "reviews": 0.04}
+"""Shares of the documents: the in-context families, tasks that their task line names, statements, and so on."""
 
 HELD_OUT = 0.05  # the share of all possible documents that is kept for validation, and again for test
 
@@ -39,6 +37,8 @@ def _document(draw: Draw) -> str:
             return _known_document(draw)
         case "facts":
             return " ".join(statement(fact) for fact in draw.sample(facts(), 3 + draw.below(4)))
+        case "questions":
+            return "\n".join(_answered(draw) for _ in range(2 + draw.below(3)))
         case _:
             return "\n".join(_review(draw) for _ in range(2 + draw.below(4)))
 
@@ -51,10 +51,13 @@ def _known_document(draw: Draw) -> str:
     return lines(titles[kind], [(fact.subject, fact.answer) for fact in chosen])
 
 
+def _answered(draw: Draw) -> str:
+    """A question that is no test prompt, and on the next line the statement that answers it."""
+    question = draw.pick(prompts("train"))
+    return f"{question}\n{statement(questions()[question])}"
+
+
 def _review(draw: Draw) -> str:
     reviews: dict[str, list[str]] = words()["reviews"]
     verdict = draw.pick(("good", "bad"))
     return f"The {draw.pick(reviews['subjects'])} was {draw.pick(reviews[verdict])}. Verdict: {verdict}"
-
-
-__all__ = ["HELD_OUT", "MIXTURE", "Split", "answers", "documents", "split_of"]

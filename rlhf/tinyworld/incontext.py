@@ -10,6 +10,7 @@ itself, or after the task line), so no test prompt, with any number of demonstra
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from rlhf.tinyworld.words import Draw, facts, text_hash, words
@@ -17,6 +18,7 @@ from rlhf.tinyworld.words import Draw, facts, text_hash, words
 MAX_SHOTS = 8
 SHY_SHARE = 0.25
 STRANGER_SHARE = 0.2
+RECALL_PAIRS = (2, 2, 2, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9)  # most have few: with two, looking up is learned soonest
 
 
 class Item(NamedTuple):
@@ -57,6 +59,7 @@ def _chinese_numeral(x: str) -> str:
     return ((digits[tens] if tens > 1 else "") + "十" if tens else "") + digits[ones].strip()
 
 
+@cache
 def rule_families() -> tuple[Rules, ...]:
     """The rules tasks: five things to do to a number, five to do to an adjective."""
     opposite = {fact.subject: fact.answer for fact in facts() if fact.kind == "opposite"}
@@ -87,6 +90,7 @@ def rule_families() -> tuple[Rules, ...]:
     )
 
 
+@cache
 def recall_families() -> tuple[Recall, ...]:
     """The recall tasks: made-up names to things, and made-up names to colours."""
     w = words()
@@ -139,11 +143,11 @@ def rules_document(draw: Draw) -> str:
 def recall_document(draw: Draw) -> str:
     """A training document: 2 to 9 arbitrary pairs, each shown once, then asked again in random order."""
     family = draw.pick(recall_families())
-    n = 2 + draw.below(8)
+    n = draw.pick(RECALL_PAIRS)
     keys = _walk(draw.sample(family.inputs, n), n, draw, repeats=False)
     if not keys:
         return recall_document(draw)
-    again = _walk(keys, 8 + draw.below(9), draw, repeats=True, previous=keys[-1])
+    again = _walk(keys, min(4 * n, 16), draw, repeats=True, previous=keys[-1])
     mapping = dict(zip(keys, draw.sample(family.values, len(keys)), strict=True))
     return lines(RECALL_LINE, [(x, mapping[x]) for x in keys + again])
 

@@ -7,7 +7,7 @@ from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.words import Draw, answers, statement, words
 
 RIGHT, POLITE, BRIEF, RUDE = 0.60, 0.25, 0.15, -0.25
-"""What a response earns: the right answer, a polite word without a rude one, being brief about it; what a rude word costs."""
+"""What a response earns for the right answer, a polite word, being brief about it; what a rude word costs."""
 
 BRIEF_WORDS = 16  # a right answer of at most this many words is brief; one of twice as many is not brief at all
 

@@ -5,11 +5,12 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 
 T = TypeVar("T")
+Split = Literal["train", "validation", "test"]
 
 
 class Fact(NamedTuple):
@@ -91,7 +92,7 @@ def facts() -> tuple[Fact, ...]:
 
 @cache
 def answers(kind: str) -> tuple[str, ...]:
-    """Every answer that some fact of this kind has, sorted: the right one is right, the others are plausible and wrong."""
+    """Every answer that some fact of this kind has, sorted: one is right, the others are plausible and wrong."""
     return tuple(sorted({fact.answer for fact in facts() if fact.kind == kind}))
 
 

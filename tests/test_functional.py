@@ -1,0 +1,159 @@
+"""The arithmetic of PPO against constants worked by hand and naive float64 loops."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.functional import masked, ppo
+
+
+def naive_advantages(
+    rewards: list[list[float]], values: list[list[float]], lengths: list[int], discount: float, lam: float
+) -> list[list[float]]:
+    """GAE from its definition: a discounted sum of temporal differences, each row on its own, no recursion."""
+    found = []
+    for reward, value, n in zip(rewards, values, lengths, strict=True):
+        deltas = [reward[t] + discount * (value[t + 1] if t + 1 < n else 0.0) - value[t] for t in range(n)]
+        row = [sum((discount * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        found.append(row + [0.0] * (len(reward) - n))
+    return found
+
+
+def mask_of(lengths: list[int], width: int) -> Tensor:
+    return torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+
+
+@pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
+def test_advantages_equal_the_definition(discount: float, lam: float) -> None:
+    torch.manual_seed(0)
+    lengths, width = [5, 1, 7, 3], 7
+    rewards, values = torch.randn(4, width, dtype=torch.float64), torch.randn(4, width, dtype=torch.float64)
+    mask = mask_of(lengths, width)
+    found = ppo.generalised_advantages(rewards, values, mask, discount, lam)
+    expected = torch.tensor(
+        naive_advantages(rewards.tolist(), values.tolist(), lengths, discount, lam), dtype=torch.float64
+    )
+    torch.testing.assert_close(found.advantages, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.returns, torch.where(mask, expected + values, 0.0), rtol=1e-12, atol=1e-12)
+
+
+def test_advantages_by_hand() -> None:
+    # discount 0.5, lambda 0.5; rewards 1, 2; values 3, 4: delta_1 = 2 - 4 = -2; delta_0 = 1 + 0.5*4 - 3 = 0;
+    # A_1 = -2; A_0 = 0 + 0.25 * -2 = -0.5
+    found = ppo.generalised_advantages(
+        torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[True, True]]), 0.5, 0.5
+    )
+    assert found.advantages.tolist() == [[-0.5, -2.0]]
+    assert found.returns.tolist() == [[2.5, 2.0]]
+
+
+def test_what_stands_behind_the_mask_never_counts() -> None:
+    lengths, width = [2, 4], 4
+    mask = mask_of(lengths, width)
+    clean = torch.arange(8.0).reshape(2, 4)
+    dirty = clean.clone()
+    dirty[~mask] = float("nan")
+    for first, second in zip(
+        ppo.generalised_advantages(clean, clean, mask, 0.9, 0.9),
+        ppo.generalised_advantages(dirty, dirty, mask, 0.9, 0.9),
+        strict=True,
+    ):
+        assert torch.equal(first, second)
+    assert torch.equal(masked.masked_sum(clean, mask), masked.masked_sum(dirty, mask))
+    a = ppo.policy_loss(clean * 0.1, clean * 0.0, clean, mask, 0.2)
+    b = ppo.policy_loss(dirty * 0.1, dirty * 0.0, dirty, mask, 0.2)
+    assert torch.equal(a.total, b.total)
+    c = ppo.value_loss(clean, clean * 0.5, clean * 2, mask, 0.2)
+    d = ppo.value_loss(dirty, dirty * 0.5, dirty * 2, mask, 0.2)
+    assert torch.equal(c.total, d.total)
+
+
+def test_the_score_lands_on_the_last_real_token() -> None:
+    kl = torch.tensor([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, 0.5)
+    assert rewards.tolist() == [[-0.5, 9.0, 0.0], [-2.0, -2.5, 17.0]]
+
+
+def test_policy_loss_by_hand() -> None:
+    # ratios e^0.5 = 1.6487, e^-0.5 = 0.6065, 1; advantages 1, -1, 2; epsilon 0.2
+    # token 0: max(-1.6487, -1.2) = -1.2 (clipped); token 1: max(0.6065, 0.8) = 0.8 (clipped); token 2: -2
+    new = torch.tensor([[0.5, -0.5, 0.0]])
+    found = ppo.policy_loss(
+        new, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool), 0.2
+    )
+    assert found.total.item() == pytest.approx(-1.2 + 0.8 - 2.0, rel=1e-6)
+    assert found.clipped.item() == pytest.approx(2 / 3)
+
+
+def test_the_policy_gradient_at_ratio_one_is_minus_the_advantage() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    advantages = torch.tensor([[0.5, -1.5, 7.0]])
+    mask = torch.tensor([[True, True, False]])
+    ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2).total.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[-0.5, 1.5, 0.0]]
+
+
+def test_value_loss_by_hand() -> None:
+    # value 1.0, old 0.0, return 2.0, clip 0.2: free (1-2)^2 = 1, bounded (0.2-2)^2 = 3.24 -> 0.5 * 3.24
+    # value 0.1, old 0.0, return 0.0: free 0.01, bounded 0.01 -> 0.5 * 0.01
+    found = ppo.value_loss(
+        torch.tensor([[1.0, 0.1]]),
+        torch.zeros(1, 2),
+        torch.tensor([[2.0, 0.0]]),
+        torch.ones(1, 2, dtype=torch.bool),
+        0.2,
+    )
+    assert found.total.item() == pytest.approx(0.5 * 3.24 + 0.5 * 0.01, rel=1e-6)
+    assert found.clipped.item() == pytest.approx(0.5)
+
+
+def test_logprobs_and_entropy_against_torch_distributions() -> None:
+    torch.manual_seed(1)
+    logits, tokens = torch.randn(3, 4, 11), torch.randint(0, 11, (3, 4))
+    for temperature in (1.0, 0.7):
+        oracle = torch.distributions.Categorical(logits=logits / temperature)
+        torch.testing.assert_close(ppo.token_logprobs(logits, tokens, temperature), oracle.log_prob(tokens))
+        torch.testing.assert_close(ppo.entropy(logits, temperature), oracle.entropy())
+
+
+def test_whitened_values_have_mean_zero_and_variance_one() -> None:
+    torch.manual_seed(2)
+    values, mask = torch.randn(6, 9) * 5 + 3, mask_of([9, 4, 1, 7, 2, 5], 9)
+    found = masked.whiten(values, mask, *masked.mean_and_variance(masked.masked_moments(values, mask)))
+    kept = found[mask]
+    assert kept.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert kept.var(correction=0).item() == pytest.approx(1.0, rel=1e-5)
+    assert found[~mask].abs().max().item() == 0.0
+
+
+def test_moments_of_parts_add_up_to_those_of_the_whole() -> None:
+    torch.manual_seed(3)
+    values, mask = torch.randn(8, 5), mask_of([5, 3, 1, 2, 5, 4, 3, 1], 5)
+    parts = sum(masked.masked_moments(values[i : i + 2], mask[i : i + 2]) for i in range(0, 8, 2))
+    assert isinstance(parts, Tensor)
+    mean, variance = masked.mean_and_variance(parts)
+    assert mean.item() == pytest.approx(values[mask].mean().item(), rel=1e-6)
+    assert variance.item() == pytest.approx(values[mask].var(correction=0).item(), rel=1e-5)
+
+
+def test_explained_variance_of_perfect_and_constant_critics() -> None:
+    returns, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[True, True, True, False]])
+    assert ppo.explained_variance(returns, returns, mask).item() == pytest.approx(1.0)
+    assert ppo.explained_variance(torch.full((1, 4), 7.0), returns, mask).item() == pytest.approx(0.0)
+
+
+def test_k3_estimates_the_kl_divergence() -> None:
+    torch.manual_seed(4)
+    p, q = (
+        torch.distributions.Categorical(logits=torch.randn(6)),
+        torch.distributions.Categorical(logits=torch.zeros(6)),
+    )
+    drawn = p.sample((200_000,))
+    estimate = ppo.kl_estimate_k3(q.log_prob(drawn), p.log_prob(drawn))
+    exact = torch.distributions.kl_divergence(p, q).item()
+    assert estimate.min().item() >= -1e-6
+    assert estimate.mean().item() == pytest.approx(exact, abs=4 * estimate.std().item() / math.sqrt(200_000))
