@@ -27,7 +27,10 @@ class Question(NamedTuple):
 class Task(Protocol):
     """What is asked: a name, and the questions at any number of demonstrations."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        ...
 
     def questions(self, shots: int, n: int, seed: int) -> list[Question]:
         """At most `n` questions with `shots` demonstrations each, the same items at every count.

@@ -154,7 +154,7 @@ def recall_document(draw: Draw) -> str:
 
 def task_names() -> tuple[str, ...]:
     """The names of all tasks."""
-    return tuple(family.name for family in (*rule_families(), *recall_families()))
+    return (*(family.name for family in rule_families()), *(family.name for family in recall_families()))
 
 
 def items(task: str, shots: int, n: int, seed: int) -> list[Item]:

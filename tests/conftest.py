@@ -1,0 +1,91 @@
+"""What several test files share: no network, one thread, a tiny tokenizer and tiny random models.
+
+The fixtures of session scope are not to be changed by a test: take `copy.deepcopy` of what you alter.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.tinyworld.documents import documents
+from rlhf.tokenizer import prepare_for_chat, token_info, train_bpe
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
+
+VOCAB_SIZE = 384
+CONTEXT = 64
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE of 384 tokens, trained on the built-in world's documents; without chat template."""
+    return train_bpe(itertools.islice(documents("train", seed=0), 500), VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same with our chat template, `<|end|>` as EOS and `<|pad|>` as pad."""
+    prepared = copy.deepcopy(tokenizer)
+    prepare_for_chat(prepared, "rlhf")
+    return prepared
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A random Llama in eval mode: 2 layers, 32 wide, 64 positions, weights large enough to have opinions."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        **token_info(tokenizer),
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A random GPT-2 of the same size: learned positions, so that a wrong position shows. No dropout."""
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_layer=2,
+        n_embd=32,
+        n_head=4,
+        n_positions=CONTEXT,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **token_info(tokenizer),
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def tiny_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each of the tiny models in turn."""
+    model: PreTrainedModel = request.getfixturevalue(f"tiny_{request.param}")
+    return model
