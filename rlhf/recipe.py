@@ -80,6 +80,9 @@ class ModelSection(Section):
     context: int = Field(256, ge=8, description="longest sequence in tokens")
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary position embedding (not gpt2)")
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of the random weights")
+    embedding_range: float | None = Field(None, gt=0, description="of the token embeddings; default: the same")
+    sliding_window: int | None = Field(None, ge=2, description="tokens that a local layer sees (qwen3 only)")
+    sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="which layers are local, from 0")
     tie_embeddings: bool = Field(True, description="share the input embedding with the output head")
 
     @model_validator(mode="after")
@@ -90,6 +93,12 @@ class ModelSection(Section):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.kv_heads and self.architecture == "gpt2":
             raise ValueError("gpt2 has no kv_heads")
+        if (self.sliding_window is None) != (not self.sliding_layers):
+            raise ValueError("sliding_window and sliding_layers come together")
+        if self.sliding_layers and self.architecture != "qwen3":
+            raise ValueError(f"sliding_layers: {self.architecture} has no local layers, qwen3 has")
+        if any(layer >= self.layers for layer in self.sliding_layers):
+            raise ValueError(f"sliding_layers: the layers are 0 to {self.layers - 1}")
         return self
 
 
@@ -101,6 +110,7 @@ class PretrainSection(Section):
     tokens: int = Field(ge=1, description="how many tokens to train on in all")
     tokens_per_step: int = Field(ge=1, description="tokens of one optimiser step, over all processes")
     sequence_length: int = Field(ge=2, description="tokens of one packed row")
+    isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
     microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with a rising learning rate")

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evaluation.perplexity import Perplexity, perplexity, score_documents
 from rlhf.data.tokens import PackedTokens, PackStats, pack
 from rlhf.errors import StageFailed
+from rlhf.functional.masked import widened
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups, model_card, save_model
 from rlhf.recipe import PretrainSection, Recipe
 from rlhf.rundir import RunDir, StageDir
 from rlhf.runtime import Bar, MetricsLog, derive_seed, log, make_accelerator
-from rlhf.tokenizer import encode_documents, load_tokenizer, token_info
+from rlhf.tokenizer import begin_id, encode_documents, load_tokenizer, token_info
 from stages.common import accumulation, card_facts, open_data, report_faults
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
@@ -122,9 +123,12 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             context=m.context,
             rope_theta=m.rope_theta,
             initializer_range=m.initializer_range,
+            sliding_window=m.sliding_window,
+            sliding_layers=m.sliding_layers,
             tie_embeddings=m.tie_embeddings,
             special=token_info(tokenizer),
-        )
+        ),
+        m.embedding_range,
     )
 
 
@@ -156,6 +160,7 @@ def _train(
     metrics = MetricsLog(directory.metrics) if accelerator.is_main_process else None
     rows = settings.tokens_per_step // settings.sequence_length
     mine = rows // accelerator.num_processes
+    begin = begin_id(tokenizer) if settings.isolate_documents else None
     spent_validating, losses = 0.0, torch.zeros((), device=accelerator.device)
     started = time.monotonic()
     wrapped.train()
@@ -165,7 +170,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             first = step * rows + accelerator.process_index * mine
-            loss = _step_gradient(wrapped, packed, range(first, first + mine), size, accelerator)
+            loss = _step_gradient(wrapped, packed, range(first, first + mine), size, begin, accelerator)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.gradient_clipping)
             optimizer.step()
             optimizer.zero_grad()
@@ -194,11 +199,18 @@ def _train(
 
 
 def _step_gradient(
-    model: torch.nn.Module, packed: PackedTokens, places: range, size: int, accelerator: Accelerator
+    model: torch.nn.Module,
+    packed: PackedTokens,
+    places: range,
+    size: int,
+    begin: int | None,
+    accelerator: Accelerator,
 ) -> torch.Tensor:
     """Adds up the gradient of one step's rows, a microbatch at a time; returns their mean loss on this process.
 
-    All rows are equally long, so the mean over microbatches and processes is the mean over tokens.
+    All rows are equally long, so the mean over microbatches and processes is the mean over tokens. With `begin`, the
+    id that begins a document, no token sees the documents before its own: positions that begin anew tell transformers
+    to mask them, as long as no cache is used.
     """
     starts = range(places.start, places.stop, size)
     total = torch.zeros((), device=accelerator.device)
@@ -207,11 +219,18 @@ def _step_gradient(
         inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
         last = start + size >= places.stop
         with _synchronised(model, accelerator, last):
-            logits = model(input_ids=inputs, use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) / len(starts)
+            positions = None if begin is None else positions_in_documents(inputs, begin)
+            logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits
+            loss = cross_entropy(widened(logits.flatten(0, 1)), targets.flatten()) / len(starts)
             accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def positions_in_documents(ids: torch.Tensor, begin: int) -> torch.Tensor:
+    """How far each token [B, L] stands from the beginning of its document, or of the row where that is nearer."""
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return places - torch.where(ids == begin, places, 0).cummax(1).values
 
 
 def _synchronised(model: torch.nn.Module, accelerator: Accelerator, last: bool) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,7 +28,19 @@ from transformers import (
 from rlhf.tinyworld.documents import documents
 from rlhf.tokenizer import prepare_for_chat, token_info, train_bpe
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data beside the checkout, where there is any
+# real data beside the checkout, where there is any
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# property tests try the same examples every time and leave nothing on the disk
+settings.register_profile(
+    "tests",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 VOCAB_SIZE = 384
 CONTEXT = 64

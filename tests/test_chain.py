@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ def rlhf(*arguments: str, cwd: Path, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the tiny chain has run once."""
     folder = tmp_path_factory.mktemp("home")
     rlhf("run", "all", "--recipe", str(RECIPE), cwd=folder)
-    yield folder
+    return folder
 
 
 def summary(home: Path, stage: str) -> dict[str, Any]:

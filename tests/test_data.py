@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.data import reader, rows, sources
@@ -32,7 +32,6 @@ EXPECTED: dict[str, Any] = (
 POLICY = {"bad_roles_sft.jsonl": [1, 2, 3, 4, 5, 6], "preference_degenerate.jsonl": [2, 4]}
 
 GOOD = b'{"text": "good"}'
-many_files = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path: Path, *lines: bytes) -> Path:
@@ -119,7 +118,6 @@ def test_a_bad_row_is_skipped_and_counted_once(tmp_path: Path, line: bytes, faul
     assert fault in found.faults.report()
 
 
-@many_files
 @given(kinds=st.lists(st.sampled_from(["good", "blank", "bad json", "bad type", "bad bytes"]), max_size=12))
 def test_every_line_is_a_row_a_blank_or_counted(tmp_path: Path, kinds: list[str]) -> None:
     content = {"good": GOOD, "blank": b"  ", "bad json": b"{", "bad type": b'{"text": []}', "bad bytes": b"\xff"}
@@ -130,7 +128,6 @@ def test_every_line_is_a_row_a_blank_or_counted(tmp_path: Path, kinds: list[str]
     assert found.faults.counts.total() == len(kinds) - counts["good"] - counts["blank"]
 
 
-@many_files
 @given(texts=st.lists(st.text(), min_size=1), ascii_only=st.booleans(), zipped=st.booleans())
 def test_any_text_comes_back_as_it_was_written(
     tmp_path: Path, texts: list[str], ascii_only: bool, zipped: bool
@@ -263,7 +260,10 @@ def test_conversations_may_have_a_system_turn_and_many_turns() -> None:
         ({"messages": [USER, {"role": "assistant"}]}, "message 2 of `messages` has no `content`"),
         ({"messages": [{"content": "q"}, ANSWER]}, "message 1 of `messages` has no `role`"),
         ({"messages": [{"role": "wizard", "content": "q"}, ANSWER]}, "unknown role 'wizard'"),
-        ({"messages": [USER, {"role": "assistant", "content": 7}]}, "`content` of message 2 of `messages` must be text"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": 7}]},
+            "`content` of message 2 of `messages` must be text",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "must be text, not NoneType"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, "lone surrogate"),
         ({"messages": [USER]}, "no assistant turn to learn from"),

@@ -1,5 +1,7 @@
 """The engine against plain forward passes, whatever else is drawn beside a response."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ VOCABULARY, END, PAD = 40, 3, 0
 PROMPTS = [[1, 5, 6], [1, 9], [1, 7, 8, 9, 10, 11], [1, 20, 21, 22], [1, 30]]
 
 
-@pytest.fixture(params=["llama", "qwen3", "gpt2"])
+@pytest.fixture(params=["llama", "qwen3", "qwen3 local", "gpt2"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
     common = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 1}
@@ -21,7 +23,10 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         kind = LlamaConfig if request.param == "llama" else Qwen3Config
-        extra = {} if request.param == "llama" else {"head_dim": 16}
+        extra: dict[str, Any] = {} if request.param == "llama" else {"head_dim": 16}
+        if request.param == "qwen3 local":
+            extra |= {"use_sliding_window": True, "sliding_window": 3}
+            extra["layer_types"] = ["sliding_attention", "full_attention"]
         config = kind(num_key_value_heads=2, initializer_range=0.3, **sizes, **common, **extra)
     return build_causal_lm(config).eval()
 

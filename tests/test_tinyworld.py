@@ -19,10 +19,10 @@ from rlhf.tinyworld.words import Draw, facts, text_hash, words
 # SHA-256 of what seed 0 makes. A change of Python must not move them. Whoever changes words.yaml, a sentence or a share
 # on purpose renews them: run this file, and copy the digests that the failure shows as found.
 DIGESTS = {
-    "documents": "",
-    "dialogues": "",
-    "prompts": "",
-    "items": "",
+    "documents": "ccc962fa8c00a7e00f64821764fdf1c8f1bf0d97d2baa576f27ba2b0066b5a1a",
+    "dialogues": "0dd0c2db63a1a4dc080df4aabc5d0319f0775691aae695157a543a3970c1bc95",
+    "prompts": "32d4788c5cf570f3e24b5c8c79dc556a73768bece8f2cfa2aa2a696134311674",
+    "items": "ecfb5e0386a8cc60a1a7cb9ff40bdc97f83102a56ce964a556156d397a944984",
 }
 
 RULES = ("rules_numbers", "rules_words")

@@ -1,0 +1,424 @@
+"""Perplexity and few-shot accuracy against naive loops in float64, and against models whose answers are known."""
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation.fewshot import Question, accuracy, chance_level, copy_baseline
+from evaluation.perplexity import DocumentScore, perplexity, rolling_windows, score_documents
+from evaluation.scoring import continuation_logprobs, length_batches
+from evaluation.tasks import TinyworldTask, file_tasks, tinyworld_tasks
+from rlhf.data.reader import Faults
+from rlhf.errors import DataError, UserError
+from rlhf.tinyworld.documents import documents
+from tests.conftest import CONTEXT, SHARED_DATA, VOCAB_SIZE
+
+FEWSHOT = SHARED_DATA / "fewshot"
+MALFORMED_TASK = SHARED_DATA / "malformed" / "fewshot_bad_answer.jsonl"
+
+
+class Bigram:
+    """A model by hand: the logits after a token are a row of a table. Remembers the shape of each pass."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.config = SimpleNamespace(pad_token_id=0)
+        self.device = torch.device("cpu")
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+        assert not use_cache
+        self.shapes.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def uniform(vocab_size: int = VOCAB_SIZE) -> Any:
+    return Bigram(torch.zeros(vocab_size, vocab_size))
+
+
+@torch.no_grad()
+def naive_logprob(model: PreTrainedModel, context: list[int], token: int) -> float:
+    """One forward pass in float64 for one token."""
+    logits = model(input_ids=torch.tensor([context]), use_cache=False).logits[0, -1]
+    return float(logits.log_softmax(-1)[token])
+
+
+# Log-probabilities
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(1, 120))
+def test_batches_hold_every_row_once_and_keep_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(length_batches(lengths, budget))
+    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def test_logprobs_by_hand() -> None:
+    # after token 0 the probabilities are 1/2, 1/4, 1/4; after 1 they are 1/8, 1/8, 3/4; after 2 all are 1/3
+    table = torch.tensor([[2.0, 1, 1], [1, 1, 6], [1, 1, 1]]).log()
+    found = continuation_logprobs(
+        Bigram(table),  # type: ignore[arg-type]
+        [[0], [0], [2, 2, 1], [0, 1]],
+        [[1], [0, 1, 2], [2], [2, 0]],
+    )
+    expected = [math.log(p) for p in (1 / 4, 1 / 2 * 1 / 4 * 3 / 4, 3 / 4, 3 / 4 * 1 / 3)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_one_token_continuations_of_a_context_share_one_row() -> None:
+    model = uniform(10)
+    answered: list[int] = []
+    contexts, continuations = [[1, 2, 3]] * 8 + [[4]], [[i] for i in range(8)] + [[5]]
+    found = continuation_logprobs(model, contexts, continuations, progress=answered.append)
+    assert model.shapes == [(2, 3)]
+    assert found == pytest.approx([-math.log(10)] * 9)
+    assert answered == [9]
+
+
+def test_logprobs_equal_a_naive_loop(tiny_model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(7, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (2, 9, 30, 5, 64, 17, 9)]
+    cuts = [1, 4, 29, 3, 60, 1, 8]
+    double = copy.deepcopy(tiny_model).double()
+    expected = [
+        sum(naive_logprob(double, sequence[:i], sequence[i]) for i in range(cut, len(sequence)))
+        for sequence, cut in zip(sequences, cuts, strict=True)
+    ]
+    contexts = [sequence[:cut] for sequence, cut in zip(sequences, cuts, strict=True)]
+    continuations = [sequence[cut:] for sequence, cut in zip(sequences, cuts, strict=True)]
+    for budget in (1, 70, 8192):
+        found = continuation_logprobs(tiny_model, contexts, continuations, budget=budget)
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_order_of_requests_changes_nothing(tiny_gpt2: PreTrainedModel) -> None:
+    contexts = [[0, *range(20, 20 + n)] for n in range(1, 12)]
+    continuations = [[50 + n, 60] for n in range(1, 12)]
+    forward = continuation_logprobs(tiny_gpt2, contexts, continuations, budget=40)
+    backward = continuation_logprobs(tiny_gpt2, contexts[::-1], continuations[::-1], budget=40)
+    assert backward[::-1] == pytest.approx(forward, abs=1e-5)
+
+
+# Perplexity
+
+
+def test_rolling_windows_of_the_docstring() -> None:
+    begin, *letters = range(7)
+    a, b, c, d, e, f = letters
+    assert rolling_windows(letters, begin, 4) == [([begin, a, b, c], [a, b, c, d]), ([b, c, d, e], [e, f])]
+
+
+@given(context=st.integers(1, 40), more=st.integers(0, 160))
+def test_every_token_is_predicted_once_from_the_ones_right_before_it(context: int, more: int) -> None:
+    tokens = list(range(context + more))
+    windows = rolling_windows(tokens, -1, context)
+    assert [target for window in windows for target in window.targets] == tokens
+    for inputs, targets in windows:
+        assert len(inputs) == context
+        assert inputs == list(range(inputs[0], inputs[0] + len(inputs)))
+        assert inputs[-1] == targets[-1] - 1
+
+
+def naive_nats(model: PreTrainedModel, ids: list[int], begin: int, context: int) -> float:
+    """Token by token: blocks of `context` tokens, each read from as far back as the block's last pass can reach."""
+    sequence = [begin, *ids]
+    nats = 0.0
+    for i in range(len(ids)):
+        block_end = min((i // context + 1) * context, len(ids))
+        nats -= naive_logprob(model, sequence[max(0, block_end - context) : i + 1], ids[i])
+    return nats
+
+
+def test_scores_equal_a_naive_loop(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["", "The opposite of hot is cold. " * 9, "你好 -> hello\n" * 6, *itertools.islice(documents("test", 1), 2)]
+    double = copy.deepcopy(tiny_model).double()
+    for context in (16, 23):
+        found = score_documents(tiny_model, tokenizer, texts, context=context)
+        for text, score in zip(texts, found, strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert (score.tokens, score.bytes) == (len(ids), len(text.encode()))
+            assert score.nats == pytest.approx(naive_nats(double, ids, tokenizer.bos_token_id, context), abs=1e-4)
+
+
+def test_batching_changes_no_score(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = list(itertools.islice(documents("test", seed=2), 20))
+    together = score_documents(tiny_model, tokenizer, texts, context=CONTEXT)
+    for budget in (1, 200):
+        alone = score_documents(tiny_model, tokenizer, texts, context=CONTEXT, budget=budget)
+        assert [score.nats for score in alone] == pytest.approx([score.nats for score in together], abs=1e-4)
+
+
+def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_bits_a_token(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    texts = ["你好 -> hello", "cold", ""]
+    found = perplexity(score_documents(uniform(), tokenizer, texts, context=5))
+    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    assert found.perplexity == pytest.approx(VOCAB_SIZE, rel=1e-6)
+    assert found.bits_per_byte.mean == pytest.approx(tokens * math.log2(VOCAB_SIZE) / (15 + 4), rel=1e-6)
+    assert (found.tokens, found.documents) == (tokens, 3)
+
+
+def test_text_like_a_special_token_is_scored_as_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    (score,) = score_documents(uniform(), tokenizer, ["<|eos|>"], context=64)
+    assert score.tokens > 1
+    assert score.bytes == 7
+
+
+def test_perplexity_by_hand() -> None:
+    # 8 bits over 4 tokens and 8 bytes, and 4 bits over 4 tokens and 4 bytes: 12 bits, 8 tokens, 12 bytes
+    ln2 = math.log(2)
+    found = perplexity([DocumentScore(8 * ln2, 4, 8), DocumentScore(4 * ln2, 4, 4)])
+    assert found.perplexity == pytest.approx(2**1.5)
+    assert found.nats_per_token.mean == pytest.approx(1.5 * ln2)
+    assert found.bits_per_byte == pytest.approx((1.0, 1.0, 1.0))
+    # residuals 8 ln2 - 1.5 ln2 * 4 = 2 ln2 and -2 ln2; sqrt(2/1 * 8 ln2^2) / 8 = ln2 / 2
+    assert found.nats_per_token.high - found.nats_per_token.mean == pytest.approx(1.959964 * ln2 / 2)
+    assert (found.tokens, found.documents) == (8, 2)
+
+
+def test_hopeless_documents_have_a_finite_perplexity_and_none_at_all_is_an_error() -> None:
+    assert math.isfinite(perplexity([DocumentScore(1e6, 2, 2)]).perplexity)
+    with pytest.raises(ValueError, match="no groups"):
+        perplexity([])
+    with pytest.raises(ValueError, match="no groups"):
+        perplexity([DocumentScore(0.0, 0, 0)])
+
+
+# Few-shot accuracy
+
+
+def questions_of_many_kinds() -> list[Question]:
+    """One-token and multi-token choices, choices that begin with another one, text like special tokens."""
+    asked = [question for task in tinyworld_tasks() for question in task.questions(1, 5, seed=2)]
+    asked.append(Question("Input: x\nAnswer:", ("no", "not", "not at all", "<|end|>", "不"), 2, ()))
+    asked.append(Question("a b c d e f", ("g", "h"), 1, ("g",)))
+    return asked
+
+
+def test_accuracy_equals_a_naive_loop(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    double = copy.deepcopy(tiny_model).double()
+    asked = questions_of_many_kinds()
+    right = 0
+    for question in asked:
+        scores = []
+        for choice in question.choices:
+            prompt, answer = (
+                tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                for text in (question.prompt, f" {choice}")
+            )
+            ids = [tokenizer.bos_token_id, *prompt, *answer]
+            scores.append(sum(naive_logprob(double, ids[:i], ids[i]) for i in range(len(prompt) + 1, len(ids))))
+        right += scores.index(max(scores)) == question.answer
+    assert 0 < right < len(asked)
+    for budget in (1, 8192):
+        found = accuracy(tiny_model, tokenizer, asked, context=CONTEXT, budget=budget)
+        assert found is not None
+        assert found.accuracy.mean == right / len(asked)
+        assert (found.items, found.too_long) == (len(asked), 0)
+
+
+def test_the_whole_choice_counts_and_not_its_first_token_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    space, z, q, x = tokenizer(" ZQX", add_special_tokens=False)["input_ids"]
+    table = torch.zeros(VOCAB_SIZE, VOCAB_SIZE)
+    table[z, q], table[z, x], table[q, q] = 8.0, 9.0, 9.0
+    model: Any = Bigram(table)  # after Z, X is likelier than Q; but then Q goes on with Q, and X with anything
+    for choices, answer in ((("ZX", "ZQ"), 0), (("ZXX", "ZQQ"), 1)):
+        assert tokenizer(f" {choices[0]}", add_special_tokens=False)["input_ids"][:3] == [space, z, x]
+        found = accuracy(model, tokenizer, [Question("p", choices, answer, ())], context=CONTEXT)
+        assert found is not None
+        assert found.accuracy.mean == 1.0
+
+
+def test_chance_by_hand() -> None:
+    asked = [Question("", ("a", "b"), 0, ()), Question("", ("a", "b", "c", "d"), 0, ())]
+    assert chance_level(asked) == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+def test_copy_baseline_by_hand() -> None:
+    choices = ("a", "b", "c")
+    asked = [
+        Question("", choices, 0, ("a", "a", "b")),  # the commonest is right: 1
+        Question("", choices, 1, ("a", "a", "b")),  # it is wrong: 0
+        Question("", choices, 2, ("c", "b")),  # one of two equally common: 1/2
+        Question("", choices, 0, ("x",)),  # it isn't even offered: 0
+    ]
+    assert copy_baseline(asked) == pytest.approx(1.5 / 4)
+    assert copy_baseline([Question("", choices, 0, ())]) is None
+
+
+def test_copying_says_nothing_about_recall_but_what_chance_does() -> None:
+    asked = TinyworldTask("recall_things").questions(8, 50, seed=0)
+    assert copy_baseline(asked) == pytest.approx(chance_level(asked)) == pytest.approx(1 / 8)
+
+
+def test_items_that_do_not_fit_are_counted_and_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
+    fits, too_long = Question("ab", ("Z", "Q"), 0, ()), Question("ab", ("Z", "QQQQQ"), 0, ())
+    longest = len(tokenizer("ab Z", add_special_tokens=False)["input_ids"])  # with BOS, the last one is only predicted
+    found = accuracy(uniform(), tokenizer, [too_long, fits, too_long], context=longest)
+    assert found is not None
+    assert (found.items, found.too_long) == (1, 2)
+    assert accuracy(uniform(), tokenizer, [fits], context=longest - 1) is None
+    assert accuracy(uniform(), tokenizer, [], context=64) is None
+
+
+def test_summaries_of_accuracy_have_the_keys_of_the_design(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = accuracy(uniform(), tokenizer, [Question("p", ("Z", "Q"), 0, ("Z",))] * 10, context=64)
+    assert found is not None
+    assert found.summary() == {
+        "accuracy": 1.0,  # of equally likely choices the first is taken
+        "accuracy_ci95": [0.7225, 1.0],
+        "chance": 0.5,
+        "copy_baseline": 1.0,
+        "items": 10,
+        "too_long": 0,
+    }
+
+
+# Tasks
+
+
+def test_a_tinyworld_question_in_full() -> None:
+    (question,) = TinyworldTask("rules_words").questions(2, 1, seed=0)
+    task_line, *demonstrations, query = question.prompt.split("\n")
+    assert task_line == "Find the rule."
+    assert [line.partition(" -> ")[2] for line in demonstrations] == list(question.demonstrated)
+    assert query.endswith(" ->")
+    assert len(question.choices) == 5
+
+
+def test_tinyworld_tasks_are_of_two_families_and_have_at_most_8_demonstrations() -> None:
+    assert [task.name.split("_")[0] for task in tinyworld_tasks()] == ["rules", "rules", "recall", "recall"]
+    assert all(len(task.questions(8, 3, 0)) == 3 for task in tinyworld_tasks())
+    with pytest.raises(UserError, match="rules_words has at most 8 demonstrations, 9 were asked for"):
+        TinyworldTask("rules_words").questions(9, 1, 0)
+
+
+ROW: dict[str, Any] = {"instruction": "Good or bad?", "input": "fine", "choices": ["good", "bad"], "answer": 0}
+
+
+def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "mood.train.jsonl", *({**ROW, "input": f"demo {i}", "answer": i % 2} for i in range(6)))
+    write_rows(tmp_path / "mood.test.jsonl", *({**ROW, "input": f"item {i}"} for i in range(4)))
+    return tmp_path
+
+
+def test_the_text_of_a_file_question(folder: Path) -> None:
+    ((task,), left_out) = file_tasks(folder, Faults())
+    assert (task.name, left_out) == ("mood", [])
+    first, *_ = task.questions(0, 10, seed=0)
+    assert first == Question("Good or bad?\n\nInput: item 0\nAnswer:", ("good", "bad"), 0, ())
+    question = task.questions(1, 10, seed=0)[2]
+    demo = next(i for i in range(6) if f"demo {i}\n" in question.prompt)
+    answer = ("good", "bad")[demo % 2]
+    assert question.demonstrated == (answer,)
+    assert question.prompt == f"Good or bad?\n\nInput: demo {demo}\nAnswer: {answer}\n\nInput: item 2\nAnswer:"
+
+
+def test_an_item_without_instruction_begins_with_its_input(tmp_path: Path) -> None:
+    write_rows(tmp_path / "bare.test.jsonl", {key: value for key, value in ROW.items() if key != "instruction"})
+    ((task,), _) = file_tasks(tmp_path, Faults())
+    assert task.questions(0, 1, 0)[0].prompt == "Input: fine\nAnswer:"
+
+
+def test_every_file_item_has_demonstrations_of_its_own_without_repetition(folder: Path) -> None:
+    ((task,), _) = file_tasks(folder, Faults())
+    asked = task.questions(6, 4, seed=0)
+    orders = [tuple(line for line in question.prompt.split("\n") if "demo" in line) for question in asked]
+    assert all(len(set(order)) == 6 for order in orders)
+    assert len(set(orders)) > 1
+    assert asked == task.questions(6, 4, seed=0) != task.questions(6, 4, seed=1)
+    assert [question.prompt.split("\n")[-2] for question in asked] == [f"Input: item {i}" for i in range(4)]
+
+
+def test_more_demonstrations_than_a_file_has_are_refused(folder: Path) -> None:
+    ((task,), _) = file_tasks(folder, Faults())
+    with pytest.raises(UserError, match="mood has 6 demonstrations, 7 were asked for"):
+        task.questions(7, 1, 0)
+    assert len(task.questions(6, 100, 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"input": None}, "`input` must be text"),
+        ({"choices": []}, "`choices` must be a list of at least one text"),
+        ({"choices": "good"}, "`choices` must be a list of at least one text"),
+        ({"choices": ["good", 7]}, "`choices` must be a list of at least one text"),
+        ({"choices": ["good", "good"]}, "two `choices` are equal"),
+        ({"answer": 2}, "`answer` is 2, but the choices are 0 to 1"),
+        ({"answer": -1}, "`answer` is -1, but the choices are 0 to 1"),
+        ({"answer": "0"}, "`answer` must be the index of a choice"),
+        ({"answer": True}, "`answer` must be the index of a choice"),
+        ({"answer": 0.0}, "`answer` must be the index of a choice"),
+        ({"answer": None}, "`answer` must be the index of a choice"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_malformed_task_row_is_named_or_counted(folder: Path, change: Any, fault: str, part: str) -> None:
+    path = write_rows(folder / f"mood.{part}.jsonl", ROW, ROW | change, ROW)
+    with pytest.raises(DataError) as caught:
+        file_tasks(folder, Faults("error"))
+    assert str(caught.value).startswith(f"{path}, line 2: {fault}")
+    faults = Faults("skip")
+    ((task,), _) = file_tasks(folder, faults)
+    assert faults.counts == {str(path): 1}
+    if part == "test":
+        assert len(task.questions(0, 10, 0)) == 2
+
+
+def test_tasks_with_free_answers_are_left_out_by_name(folder: Path) -> None:
+    write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": "2"})
+    found, left_out = file_tasks(folder, Faults())
+    assert ([task.name for task in found], left_out) == (["mood"], ["sums"])
+
+
+def test_a_folder_without_tasks_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file \*\.test\.jsonl"):
+        file_tasks(tmp_path, Faults())
+
+
+@pytest.mark.skipif(not FEWSHOT.exists(), reason=f"no {FEWSHOT}")
+def test_the_shared_tasks_load_and_free_answers_are_named() -> None:
+    found, left_out = file_tasks(FEWSHOT, Faults("error"))
+    names = {path.name.split(".")[0] for path in FEWSHOT.glob("*.test.jsonl")}
+    free = {"arithmetic_2digit_add", "arithmetic_2digit_sub", "gsm8k", "lambada"}
+    assert set(left_out) == free
+    assert {task.name for task in found} == names - free
+    for task in found:
+        rows = [json.loads(line) for line in (FEWSHOT / f"{task.name}.test.jsonl").read_text("utf-8").split("\n")[:9]]
+        for shots in (0, 5):
+            asked = task.questions(shots, 9, seed=0)
+            assert [(list(q.choices), q.answer) for q in asked] == [(row["choices"], row["answer"]) for row in rows]
+            assert all(len(question.demonstrated) == shots for question in asked)
+
+
+@pytest.mark.skipif(not MALFORMED_TASK.exists(), reason=f"no {MALFORMED_TASK}")
+def test_the_shared_malformed_task_keeps_its_two_good_rows(tmp_path: Path) -> None:
+    path = tmp_path / "bad.test.jsonl"
+    path.write_bytes(MALFORMED_TASK.read_bytes())
+    faults = Faults("skip")
+    ((task,), _) = file_tasks(tmp_path, faults)
+    assert len(task.questions(0, 100, 0)) == 2
+    assert faults.counts == {str(path): 9}
+    with pytest.raises(DataError, match=r"bad\.test\.jsonl, line 2: "):
+        file_tasks(tmp_path, Faults("error"))
