@@ -21,11 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.functional.masked import widened
 from rlhf.rundir import write_atomically
 from rlhf.tokenizer import token_info
+
+LOCAL_QUERY_GAIN = 0.1  # with queries this small, a local layer's attention is nearly uniform at the start
 
 
 def causal_lm_config(
@@ -84,16 +87,38 @@ def causal_lm_config(
     return LlamaConfig(**common)
 
 
-def build_causal_lm(config: PreTrainedConfig, embedding_range: float | None = None) -> PreTrainedModel:
-    """A model with random weights; seed torch first. `embedding_range` is the token embeddings' standard deviation.
-
-    Small models find the circuits of in-context learning many times sooner when tokens start far apart: embeddings
-    near 1 beside an initializer_range near 0.1, instead of 0.02 for both.
-    """
+def build_causal_lm(config: PreTrainedConfig, initialisation: str = "normal") -> PreTrainedModel:
+    """A model with random weights, `normal` (transformers' own) or `wide`; seed torch first."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if embedding_range is not None:
-        nn.init.normal_(model.get_input_embeddings().weight, std=embedding_range)
+    if initialisation == "wide":
+        initialise_widely(model)
     return model
+
+
+@torch.no_grad()
+def initialise_widely(model: PreTrainedModel) -> None:
+    """Random weights with which a tiny model learns to look things up in its context in minutes instead of hours.
+
+    Tokens start far apart (embeddings of variance 1), signals keep their size (matrices of variance 1/fan_in, LeCun et
+    al. 1998), logits start near 1 (a small gain of the last norm), and a local layer starts as the average of its
+    window (small queries; Yang et al. 2022, arXiv:2203.03466, section D.2, start them at zero).
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, Conv1D):
+            nn.init.normal_(module.weight, std=module.weight.shape[0] ** -0.5)
+    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
+    if not model.config.tie_word_embeddings:
+        nn.init.normal_(head.weight, std=1.0)
+    body = model.base_model
+    last_norm = body.norm if hasattr(body, "norm") else body.ln_f
+    last_norm.weight.fill_(model.config.hidden_size**-0.5)
+    kinds = getattr(model.config, "layer_types", None) or []
+    for kind, layer in zip(kinds, getattr(body, "layers", []), strict=False):
+        if kind == "sliding_attention":
+            layer.self_attn.q_norm.weight.fill_(LOCAL_QUERY_GAIN)
 
 
 def load_causal_lm(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

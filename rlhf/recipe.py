@@ -79,8 +79,10 @@ class ModelSection(Section):
     mlp_width: int | None = Field(None, ge=8, description="inner size of the MLP; default: 8/3 width (gpt2: 4 width)")
     context: int = Field(256, ge=8, description="longest sequence in tokens")
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary position embedding (not gpt2)")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the random weights")
-    embedding_range: float | None = Field(None, gt=0, description="of the token embeddings; default: the same")
+    initialisation: Literal["normal", "wide"] = Field(
+        "normal", description="normal: transformers'; wide: for tiny models"
+    )
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of normal's random weights")
     sliding_window: int | None = Field(None, ge=2, description="tokens that a local layer sees (qwen3 only)")
     sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="which layers are local, from 0")
     tie_embeddings: bool = Field(True, description="share the input embedding with the output head")

@@ -128,7 +128,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             tie_embeddings=m.tie_embeddings,
             special=token_info(tokenizer),
         ),
-        m.embedding_range,
+        m.initialisation,
     )
 
 
