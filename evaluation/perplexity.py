@@ -49,8 +49,9 @@ def rolling_windows(tokens: list[int], begin: int, context: int) -> list[Window]
         1       begin a b c    a b c d
         2       b c d e        e f        (the last one moves back, to see as much as it can)
     """
-    windows = [Window([begin, *tokens[: context - 1]], tokens[:context])]
-    done = len(windows[0].targets)
+    first = tokens[:context]
+    windows = [Window([begin, *first[:-1]], first)]
+    done = len(first)
     while done < len(tokens):
         end = min(done + context, len(tokens))
         windows.append(Window(tokens[end - context - 1 : end - 1], tokens[done:end]))

@@ -4,11 +4,14 @@ A row of a file has `instruction`, `input`, `choices` and `answer` (an index fro
 `choices`) are not asked yet: such tasks are named and left out.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluation.fewshot import Question, Task
+from rlhf.data import reader
 from rlhf.data.reader import Faults, read_rows
+from rlhf.data.rows import is_text
 from rlhf.errors import DataError, UserError
 from rlhf.tinyworld import incontext
 from rlhf.tinyworld.words import Draw
@@ -85,30 +88,35 @@ def file_tasks(folder: Path, faults: Faults) -> tuple[list[Task], list[str]]:
         if all("choices" not in row.value and "target" in row.value for row in rows):
             left_out.append(name)
             continue
-        train = path.with_name(path.name.replace(".test.", ".train."))
-        demonstrations = _checked(train, faults) if train.exists() else ()
-        found.append(FileTask(name, demonstrations, _checked(path, faults)))
+        items = _checked(rows, faults)
+        if not items:
+            raise DataError(f"{path}: no good row among {len(rows)}")
+        train = [folder / f"{name}.train.jsonl", folder / f"{name}.train.jsonl.gz"]
+        demonstrations = [row for file in train if file.exists() for row in read_rows(file, faults)]
+        found.append(FileTask(name, _checked(demonstrations, faults), items))
     return found, left_out
 
 
-def _checked(path: Path, faults: Faults) -> tuple[Row, ...]:
-    rows = []
-    for row in read_rows(path, faults):
+def _checked(rows: Iterable[reader.Row], faults: Faults) -> tuple[Row, ...]:
+    good = []
+    for row in rows:
         fault = _fault(row.value)
         if fault:
-            faults.bad(path, row.line, fault)
+            faults.bad(row.path, row.line, fault)
             continue
         value = row.value
-        rows.append(Row(str(value.get("instruction", "")), value["input"], tuple(value["choices"]), value["answer"]))
-    return tuple(rows)
+        good.append(Row(value.get("instruction", ""), value["input"], tuple(value["choices"]), value["answer"]))
+    return tuple(good)
 
 
 def _fault(value: dict[str, Any]) -> str:
     """What is wrong with a row of a task file; empty where nothing is."""
-    if not isinstance(value.get("input"), str):
+    if not is_text(value.get("input")):
         return "`input` must be text"
+    if not is_text(value.get("instruction", "")):
+        return "`instruction` must be text"
     choices, answer = value.get("choices"), value.get("answer")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+    if not isinstance(choices, list) or not choices or not all(is_text(choice) for choice in choices):
         return "`choices` must be a list of at least one text"
     if len(set(choices)) < len(choices):
         return "two `choices` are equal"

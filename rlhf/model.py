@@ -113,12 +113,33 @@ def initialise_widely(model: PreTrainedModel) -> None:
     if not model.config.tie_word_embeddings:
         nn.init.normal_(head.weight, std=1.0)
     body = model.base_model
-    last_norm = body.norm if hasattr(body, "norm") else body.ln_f
-    last_norm.weight.fill_(model.config.hidden_size**-0.5)
+    last_norm(model).weight.fill_(model.config.hidden_size**-0.5)
     kinds = getattr(model.config, "layer_types", None) or []
     for kind, layer in zip(kinds, getattr(body, "layers", []), strict=False):
         if kind == "sliding_attention":
             layer.self_attn.q_norm.weight.fill_(LOCAL_QUERY_GAIN)
+
+
+def last_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm in front of the output head."""
+    body = model.base_model
+    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+        if hasattr(body, name):
+            found: nn.Module = getattr(body, name)
+            return found
+    raise UserError(f"{type(model).__name__}: its last norm has an unknown name")
+
+
+@torch.no_grad()
+def scale_last_norm(model: PreTrainedModel) -> None:
+    """Gives the last norm a gain of 1 (root mean square), so that a fresh head reads hidden states of size 1.
+
+    What a base's output head was used to may be ten times smaller; a score head would then learn ten times slower.
+    """
+    norm = last_norm(model)
+    gain = norm.weight.square().mean().sqrt()
+    for parameter in norm.parameters():
+        parameter.div_(gain)
 
 
 def load_causal_lm(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

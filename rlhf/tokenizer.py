@@ -141,6 +141,9 @@ class _Piece(NamedTuple):
     trained: bool
 
 
+_ROLES = ("system", "user", "assistant")
+_SUBSETS_OF_ROLES = [roles for n in range(4) for roles in itertools.combinations(_ROLES, n)]
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -151,7 +154,7 @@ def encode_chat(
 
     The assistant's contents with their end tokens are marked as trained: what stands in the template's
     `{% generation %}` markers, or, in a template without them, each assistant content up to the EOS that follows it.
-    Raises UserError where the template alters the contents or never ends an assistant's turn with EOS.
+    Raises UserError where the template alters the contents, or, having no markers, ends no assistant's turn with EOS.
     """
     pieces = _pieces(tokenizer, messages, add_generation_prompt)
     ids: list[int] = []
@@ -177,13 +180,13 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generati
         raise UserError("the tokenizer has no chat template")
     marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
     rendered, spans = _render(tokenizer, template, marked, add_generation_prompt)
-    if "generation" not in template:
+    if not _MARKERS.search(template):
         spans = _spans_by_end(rendered, messages, tokenizer.eos_token)
-    contents = [message["content"] for message in messages]
     whole, _ = _render(tokenizer, template, messages, add_generation_prompt)
-    for candidate in (contents, [content.strip() for content in contents]):
-        if _MARK.sub(lambda match, c=candidate: c[int(match[1])], rendered) == whole:  # type: ignore[misc]
-            return _cut(rendered, spans, candidate)
+    for trimmed in _SUBSETS_OF_ROLES:  # templates trim the contents of all, none or some of the roles
+        contents = [m["content"].strip() if m["role"] in trimmed else m["content"] for m in messages]
+        if _MARK.sub(lambda match, c=contents: c[int(match[1])], rendered) == whole:  # type: ignore[misc]
+            return _cut(rendered, spans, contents)
     raise UserError("the chat template alters the contents of messages, so what is trained can't be told exactly")
 
 
@@ -194,7 +197,7 @@ def _render(
         rendered, spans = render_jinja_template(
             conversations=[messages],
             chat_template=template,
-            return_assistant_tokens_mask="generation" in template,
+            return_assistant_tokens_mask=bool(_MARKERS.search(template)),
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )

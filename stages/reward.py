@@ -28,6 +28,7 @@ from rlhf.model import (
     load_scorer,
     model_card,
     save_model,
+    scale_last_norm,
     use_special_tokens,
 )
 from rlhf.recipe import CollectSection, Recipe, RewardSection
@@ -201,6 +202,7 @@ def _trained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     torch.manual_seed(derive_seed(recipe.seed, "reward", "head"))
     model = load_scorer(start, fresh_head=True)
+    scale_last_norm(model)
     use_special_tokens(model, tokenizer)
     size, passes = accumulation(settings.pairs_per_step, settings.microbatch_size, 1, "pairs_per_step")
     steps = max(1, round(settings.epochs * len(train) / settings.pairs_per_step))

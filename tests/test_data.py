@@ -149,13 +149,16 @@ def test_a_line_may_be_as_long_as_the_limit_and_no_longer(tmp_path: Path, monkey
     assert faults.examples[0].startswith(f"{path}, line 2: longer than")
 
 
-def test_an_overlong_last_line_without_newline_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "taken"), [(64, [1, 2]), (65, [1])])
+def test_the_limit_holds_for_a_last_line_without_newline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, taken: list[int]
+) -> None:
     monkeypatch.setattr(reader, "MAX_LINE_BYTES", 64)
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(GOOD + b"\n" + b"x" * 65)
+    path.write_bytes(GOOD + b"\n" + b'{"text": "' + b"x" * (length - 12) + b'"}')
     faults = Faults("skip")
-    assert [row.line for row in read_rows(path, faults)] == [1]
-    assert faults.counts == {str(path): 1}
+    assert [row.line for row in read_rows(path, faults)] == taken
+    assert faults.counts.total() == 2 - len(taken)
 
 
 # Files

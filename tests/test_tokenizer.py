@@ -278,11 +278,13 @@ def test_a_template_that_never_ends_the_answer_with_eos_is_refused(tokenizer: Pr
     template = PLAIN_CHATML.replace("<|im_end|>", "")
     with pytest.raises(UserError, match=r"does not end an assistant's turn with the EOS token '<\|im_end\|>'"):
         encode_chat(chatml(tokenizer, template), DIALOGUE)
-    only_users = (
+    ends_questions = (
         "{% for m in messages %}{{ m['content'] + ('<|im_end|>' if m['role'] == 'user' else '.') }}{% endfor %}"
     )
-    with pytest.raises(UserError, match="does not end an assistant's turn"):
-        encode_chat(chatml(tokenizer, only_users), DIALOGUE)
+    ends_chats = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}<|im_end|>"
+    for template in (ends_questions, ends_chats):
+        with pytest.raises(UserError, match="does not end an assistant's turn"):
+            encode_chat(chatml(tokenizer, template), DIALOGUE)
 
 
 def test_what_a_template_refuses_is_the_users_error(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,8 +16,8 @@ def source_files(source: Source, root: Path) -> list[Path]:
         raise MissingInput(f"{whole} is a directory; name its files, for example {source.path}/*.jsonl")
     if whole.is_file():
         return [whole]
-    anchor = Path(whole.anchor) if whole.is_absolute() else Path()
-    found = sorted(p for p in anchor.glob(str(whole.relative_to(whole.anchor))) if p.is_file())
+    anchor = Path(pattern.anchor) if pattern.is_absolute() else root
+    found = sorted(p for p in anchor.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
     if not found:
         raise MissingInput(f"no file {whole} (relative paths start at data.root, which is {str(root)!r})")
     return found

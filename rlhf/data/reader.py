@@ -43,6 +43,11 @@ class Faults:
         if len(self.examples) < 5:
             self.examples.append(message)
 
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        self.counts.clear()
+        self.examples.clear()
+
     def report(self) -> str:
         """What was skipped, in a line or two; empty where nothing was."""
         if not self.counts:
@@ -159,5 +164,5 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for value in batch.to_pylist():
                 number += 1
                 yield Row(path, number, value)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file, or a damaged one: {error}") from None

@@ -67,7 +67,9 @@ def to_comparison(row: dict[str, Any]) -> Comparison:
     chosen, rejected = _response(row, "chosen"), _response(row, "rejected")
     if chosen == rejected:
         raise Malformed("chosen and rejected are equal")
-    return Comparison(prompt, chosen, rejected, source=str(row.get("source", "")))
+    gold = [row.get(key) for key in ("gold_chosen", "gold_rejected")]
+    known = [float(value) if isinstance(value, int | float) else None for value in gold]
+    return Comparison(prompt, chosen, rejected, known[0], known[1], str(row.get("source", "")))
 
 
 def to_prompt(row: dict[str, Any]) -> Messages:
@@ -127,14 +129,23 @@ def _check_order(messages: Messages) -> None:
             raise Malformed("the turns must alternate between user and assistant, after at most one system turn")
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that can be written as UTF-8 (one with a lone surrogate can't)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _string(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
         raise Malformed(f"{where} has no `{key}`")
     value = holder[key]
     if not isinstance(value, str):
         raise Malformed(f"`{key}` of {where} must be text, not {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Malformed(f"`{key}` of {where} holds a lone surrogate, which is no text") from None
+    if not is_text(value):
+        raise Malformed(f"`{key}` of {where} holds a lone surrogate, which is no text")
     return value

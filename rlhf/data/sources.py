@@ -30,34 +30,48 @@ class DataSet:
         self._sources, self._convert, self.faults, self._seed = sources, convert, faults, seed
 
     def __iter__(self) -> Iterator[Any]:
-        self.faults.counts.clear()
+        self.faults.clear()
+        found = False
         for number, source in enumerate(self._sources):
             draw = Draw("weight", self._seed, number)
             times, rest = divmod(source.weight, 1.0)
-            for _ in range(int(times)):
-                yield from self._rows(source)
-            if rest:
-                yield from (item for item in self._rows(source) if draw.share(rest))
+            for again in range(int(times)):
+                # a further pass meets the same bad rows: they are counted once
+                for item in self._rows(source, Faults("skip") if again else self.faults):
+                    found = True
+                    yield item
+            for item in self._rows(source, Faults("skip") if times else self.faults) if rest else ():
+                if draw.share(rest):
+                    found = True
+                    yield item
+        if not found:
+            raise DataError(f"no good row in {', '.join(str(source) for source in self._sources)}: {self._why()}")
 
-    def _rows(self, source: "OpenSource") -> Iterator[Any]:
-        for row in source.rows(self.faults):
+    def _why(self) -> str:
+        return self.faults.report() or "nothing was left after rows and weight"
+
+    def _rows(self, source: "OpenSource", faults: Faults) -> Iterator[Any]:
+        """The items of one source, at most as many as it may give; a bad row does not count towards that."""
+        return islice(self._good(source, faults), source.limit)
+
+    def _good(self, source: "OpenSource", faults: Faults) -> Iterator[Any]:
+        for row in source.rows(faults):
             try:
                 item = self._convert(row.value)
             except Malformed as fault:
-                self.faults.bad(row.path, row.line, str(fault))
+                faults.bad(row.path, row.line, str(fault))
                 continue
             yield item
 
 
 class OpenSource:
-    """One source with its files found: rows, as often as asked."""
+    """One source with its files found: rows, as often as asked; `limit` is how many good ones may be taken."""
 
-    def __init__(self, weight: float, rows: Callable[[Faults], Iterator[Row]], limit: int | None) -> None:
-        self.weight, self._rows, self._limit = weight, rows, limit
+    def __init__(self, name: str, weight: float, rows: Callable[[Faults], Iterator[Row]], limit: int | None) -> None:
+        self.name, self.weight, self.rows, self.limit = name, weight, rows, limit
 
-    def rows(self, faults: Faults) -> Iterator[Row]:
-        """The source's rows, at most as many as the recipe says."""
-        return islice(self._rows(faults), self._limit)
+    def __str__(self) -> str:
+        return self.name
 
 
 def open_sources(sources: tuple[Source, ...], root: Path, kind: Kind, split: Split, seed: int) -> list[OpenSource]:
@@ -77,7 +91,8 @@ def open_sources(sources: tuple[Source, ...], root: Path, kind: Kind, split: Spl
 
 def from_files(paths: list[Path], weight: float = 1.0, limit: int | None = None) -> OpenSource:
     """All rows of these files, one file after the other."""
-    return OpenSource(weight, lambda faults: (row for path in paths for row in read_rows(path, faults)), limit)
+    name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more files"
+    return OpenSource(name, weight, lambda faults: (row for path in paths for row in read_rows(path, faults)), limit)
 
 
 def from_hub(
@@ -95,7 +110,7 @@ def from_hub(
         for number, value in enumerate(found, 1):
             yield Row(Path(f"hub:{name}"), number, dict(value))
 
-    return OpenSource(weight, rows, limit)
+    return OpenSource(f"hub:{name}", weight, rows, limit)
 
 
 def from_tinyworld(kind: Kind, split: Split, seed: int, limit: int | None, weight: float = 1.0) -> OpenSource:
@@ -105,7 +120,7 @@ def from_tinyworld(kind: Kind, split: Split, seed: int, limit: int | None, weigh
         if kind == "texts":
             yield from ({"text": text} for text in documents.documents(split, seed))
         elif kind == "conversations":
-            for prompt, response in dialogues.dialogues(split, seed, limit or 0):
+            for prompt, response in dialogues.dialogues(split, seed):
                 yield {"prompt": prompt, "completion": response}
         elif kind == "prompts":
             yield from ({"prompt": prompt} for prompt in dialogues.shuffled_prompts(split, seed, limit))
@@ -115,7 +130,7 @@ def from_tinyworld(kind: Kind, split: Split, seed: int, limit: int | None, weigh
     def rows(_: Faults) -> Iterator[Row]:
         return (Row(Path(f"tinyworld:{kind}"), number, value) for number, value in enumerate(values(), 1))
 
-    return OpenSource(weight, rows, limit)
+    return OpenSource(f"tinyworld:{kind}", weight, rows, limit)
 
 
 def texts(sources: list[OpenSource], faults: Faults, seed: int) -> DataSet:

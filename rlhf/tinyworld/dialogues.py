@@ -1,5 +1,6 @@
 """What the built-in world's chat models learn from and are asked: prompts, and dialogues of mixed quality."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -46,24 +47,22 @@ def shuffled_prompts(split: Split, seed: int, n: int | None = None) -> list[str]
     return Draw("prompts", split, seed).sample(pool, len(pool) if n is None else min(n, len(pool)))
 
 
-def dialogues(split: Split, seed: int, n: int) -> list[Dialogue]:
-    """`n` questions of a split with responses of mixed quality: right and wrong, polite and rude, short and long."""
+def dialogues(split: Split, seed: int) -> Iterator[Dialogue]:
+    """An endless stream of a split's questions with responses of mixed quality: right and wrong, polite and rude."""
     draw = Draw("dialogues", split, seed)
     pool = prompts(split)
-    return [_dialogue(draw.pick(pool), draw) for _ in range(n)]
-
-
-def _dialogue(prompt: str, draw: Draw) -> Dialogue:
-    return Dialogue(prompt, respond(questions()[prompt], draw))
+    while True:
+        prompt = draw.pick(pool)
+        yield Dialogue(prompt, respond(questions()[prompt], draw))
 
 
 def respond(fact: Fact, draw: Draw) -> str:
-    """A response as people write them: right half of the time, in whatever manner and at whatever length."""
+    """A response as people write them: right more often than not, in whatever manner and at whatever length."""
     manners: dict[str, list[str]] = words()["manners"]
     answer = fact.answer
-    if draw.share(0.5):
+    if draw.share(0.4):
         answer = draw.pick([other for other in answers(fact.kind) if other != fact.answer])
-    core = f"{answer}." if draw.share(0.3) else statement(fact, answer)
+    core = f"It is {answer}." if draw.share(0.2) else statement(fact, answer)
     before: list[str] = []
     after: list[str] = []
     manner = draw.weighted({"neutral": 0.5, "polite": 0.25, "rude": 0.25})

@@ -9,6 +9,9 @@ from rlhf.tinyworld.words import Draw, Fact, Split, facts, statement, text_hash,
 MIXTURE = {"rules": 0.22, "recall": 0.36, "known": 0.08, "facts": 0.10, "questions": 0.20, "reviews": 0.04}
 """Shares of the documents: the in-context families, tasks that their task line names, statements, and so on."""
 
+LINES = {"known": 6, "facts": 5, "questions": 3, "reviews": 4}
+"""How many items make a document: always as many, so that a held-out document is no part of a longer one."""
+
 HELD_OUT = 0.05  # the share of all possible documents that is kept for validation, and again for test
 
 
@@ -36,18 +39,18 @@ def _document(draw: Draw) -> str:
         case "known":
             return _known_document(draw)
         case "facts":
-            return " ".join(statement(fact) for fact in draw.sample(facts(), 3 + draw.below(4)))
+            return " ".join(statement(fact) for fact in draw.sample(facts(), LINES["facts"]))
         case "questions":
-            return "\n".join(_answered(draw) for _ in range(2 + draw.below(3)))
+            return "\n".join(_answered(draw) for _ in range(LINES["questions"]))
         case _:
-            return "\n".join(_review(draw) for _ in range(2 + draw.below(4)))
+            return "\n".join(_review(draw) for _ in range(LINES["reviews"]))
 
 
 def _known_document(draw: Draw) -> str:
     """An in-context document whose task line names the task: `Opposites`, then `hot -> cold`, ..."""
     titles: dict[str, str] = words()["titles"]
     kind = draw.pick(tuple(titles))
-    chosen: list[Fact] = draw.sample([fact for fact in facts() if fact.kind == kind], 3 + draw.below(6))
+    chosen: list[Fact] = draw.sample([fact for fact in facts() if fact.kind == kind], LINES["known"])
     return lines(titles[kind], [(fact.subject, fact.answer) for fact in chosen])
 
 

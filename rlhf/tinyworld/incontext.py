@@ -145,7 +145,7 @@ def recall_document(draw: Draw) -> str:
     family = draw.pick(recall_families())
     n = draw.pick(RECALL_PAIRS)
     keys = _walk(draw.sample(family.inputs, n), n, draw, repeats=False)
-    if not keys:
+    if len(keys) < 2:
         return recall_document(draw)
     again = _walk(keys, min(4 * n, 16), draw, repeats=True, previous=keys[-1])
     mapping = dict(zip(keys, draw.sample(family.values, len(keys)), strict=True))
