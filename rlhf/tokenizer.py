@@ -154,7 +154,7 @@ def encode_chat(
 
     The assistant's contents with their end tokens are marked as trained: what stands in the template's
     `{% generation %}` markers, or, in a template without them, each assistant content up to the EOS that follows it.
-    Raises UserError where the template alters the contents, or, having no markers, ends no assistant's turn with EOS.
+    Raises UserError where the template alters the contents, or where an assistant's end token would not be trained.
     """
     pieces = _pieces(tokenizer, messages, add_generation_prompt)
     ids: list[int] = []
@@ -182,6 +182,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generati
     rendered, spans = _render(tokenizer, template, marked, add_generation_prompt)
     if not _MARKERS.search(template):
         spans = _spans_by_end(rendered, messages, tokenizer.eos_token)
+    elif any(tokenizer.eos_token not in rendered[start:end] for start, end in spans):
+        raise UserError(
+            f"the chat template's generation markers leave out the EOS token {tokenizer.eos_token!r}, "
+            "so the model would never learn to stop; put it inside {% generation %}"
+        )
     whole, _ = _render(tokenizer, template, messages, add_generation_prompt)
     for trimmed in _SUBSETS_OF_ROLES:  # templates trim the contents of all, none or some of the roles
         contents = [m["content"].strip() if m["role"] in trimmed else m["content"] for m in messages]

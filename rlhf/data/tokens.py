@@ -45,7 +45,8 @@ class PackedTokens:
     """
 
     def __init__(self, path: Path, vocab_size: int, length: int, seed: int) -> None:
-        self._tokens = np.memmap(path, dtype=token_dtype(vocab_size), mode="r")
+        kind = token_dtype(vocab_size)
+        self._tokens = np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
         self._length, self._seed = length, seed
         self.rows = (len(self._tokens) - 1) // length
         if self.rows < 1:
