@@ -73,7 +73,7 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     log(
         f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']} held-out pairs; "
         f"'longer wins' has {summary['length_baseline_accuracy']:.3f}"
-        + (f"; gold accuracy {summary['gold_accuracy']:.3f}" if "gold_accuracy" in summary else "")
+        + (f"; gold accuracy {summary['gold_accuracy']:.3f}" if summary.get("gold_accuracy") is not None else "")
     )
     card = model_card(
         f"{recipe.name}: reward model",
@@ -284,7 +284,12 @@ def _longer_wins(chosen: int, rejected: int) -> float:
 
 
 def _gold_figures(test: Sequence[Pair], right: Sequence[bool], margin: float) -> dict[str, Any]:
-    """How often the model and the labellers prefer what gold prefers, where the truth is known."""
+    """How often the model and the labellers prefer what gold prefers, where the truth is known.
+
+    None stands for a share of no pairs: all responses may be worth the same.
+    """
+    if all(pair.comparison.gold_chosen is None for pair in test):
+        return {}
     model_agrees, labels_agree = [], []
     for pair, is_right in zip(test, right, strict=True):
         if pair.comparison.gold_chosen is None or pair.comparison.gold_rejected is None:
@@ -294,11 +299,15 @@ def _gold_figures(test: Sequence[Pair], right: Sequence[bool], margin: float) ->
             labels_agree.append(difference > 0)
         if abs(difference) > 1e-9 and abs(difference) >= margin - 1e-9:
             model_agrees.append(is_right == (difference > 0))
-    if not labels_agree or not model_agrees:
-        return {}
     return {
-        **proportion_estimate(sum(model_agrees), len(model_agrees)).as_keys("gold_accuracy", 4),
+        **_share("gold_accuracy", model_agrees),
         "gold_margin": margin,
         "gold_pairs": len(model_agrees),
-        **proportion_estimate(sum(labels_agree), len(labels_agree)).as_keys("labellers_agree_with_gold", 4),
+        **_share("labellers_agree_with_gold", labels_agree),
     }
+
+
+def _share(name: str, trials: list[bool]) -> dict[str, Any]:
+    if not trials:
+        return {name: None, f"{name}_ci95": None}
+    return dict(proportion_estimate(sum(trials), len(trials)).as_keys(name, 4))

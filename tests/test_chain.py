@@ -120,7 +120,7 @@ def test_metrics_are_one_json_object_a_line(home: Path) -> None:
         lines = (home / "runs/tiny" / stage / "metrics.jsonl").read_text().splitlines()
         places = [json.loads(line)[key] for line in lines]
         assert places == sorted(places)
-        assert places[-1] == {"pretrain": 20, "sft": 20, "ppo": 2}.get(stage, places[-1])
+        assert places[-1] == {"pretrain": 20, "sft": 60, "ppo": 2}.get(stage, places[-1])
 
 
 def test_models_load_with_plain_transformers_and_answer_through_their_chat_template(home: Path) -> None:
