@@ -290,8 +290,6 @@ class Recipe(Section):
             raise ValueError("`base` names the model to begin with, since pretrain is not among the stages")
         if self.base is not None and "pretrain" in self.stages:
             raise ValueError("either `base` or the stage pretrain, not both")
-        if "reward" in self.stages and "sft" not in self.stages and self.reward and self.reward.collect:
-            pass  # the base is then what samples: any chat model will do
         if "ppo" in self.stages and "reward" not in self.stages:
             raise ValueError("ppo needs a judge: add the stage reward (`reward: {from: DIR}` takes an existing one)")
         return self

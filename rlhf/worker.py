@@ -5,7 +5,6 @@ It runs the stage with the recipe that the run directory holds, and writes the s
 
 import importlib
 import sys
-import traceback
 from pathlib import Path
 
 from rlhf.chain import finish_stage
@@ -42,9 +41,6 @@ def main() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
     return 0
 
 

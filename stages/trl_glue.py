@@ -32,7 +32,6 @@ def trainer_arguments(
     gpu = torch.cuda.is_available()
     return {
         "output_dir": str(output),
-        "train_sampling_strategy": "random",
         "max_steps": steps,
         "per_device_train_batch_size": size,
         "per_device_eval_batch_size": max(size, 32),
