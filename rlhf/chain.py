@@ -41,6 +41,13 @@ def sources_in(section: BaseModel) -> Iterator[Source]:
                     yield item
 
 
+def _uses_tinyworld(recipe: Recipe, stage: StageName) -> bool:
+    """Whether the built-in world makes something of what this stage reads, labels or asks."""
+    labelled = stage == "reward" and recipe.reward is not None and recipe.reward.collect is not None
+    asked = stage == "evaluate" and recipe.evaluate is not None and "tinyworld" in recipe.evaluate.fewshot.tasks
+    return labelled or asked or any(source.builtin for source in sources_in(getattr(recipe, stage)))
+
+
 def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any]:
     """Everything that decides this stage's result, flat; equal dictionaries mean equal results."""
     section = getattr(recipe, stage)
@@ -52,8 +59,8 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
         inputs["data.on_bad_row"] = recipe.data.on_bad_row
         for path in source_files(source, Path(recipe.data.root)):
             inputs[f"file {source.path} {path.name}"] = digest_file(path)
-        if source.builtin:
-            inputs["tinyworld"] = digest_file(Path(rlhf.__file__).parent / source.builtin / "words.yaml")
+    if _uses_tinyworld(recipe, stage):
+        inputs["tinyworld"] = digest_folder(Path(rlhf.__file__).parent / "tinyworld")
     if needs_base(recipe, stage) and recipe.base:
         inputs["base"] = digest_folder(Path(recipe.base)) if Path(recipe.base).is_dir() else recipe.base
     if stage == "reward" and recipe.reward and recipe.reward.from_:

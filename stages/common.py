@@ -1,7 +1,10 @@
 """What several stages do alike: open their data, find the model that they start from, batch arithmetic."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
@@ -54,6 +57,28 @@ def accumulation(rows: int, microbatch: int | None, processes: int, what: str) -
     if mine % size:
         raise RecipeError(f"microbatch_size {size} does not divide {mine}, the share of one process in {what} {rows}")
     return size, mine // size
+
+
+BUCKET = 16  # steps whose rows are sorted by length together
+
+
+def training_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> list[int]:
+    """Which row is read at each place of the training: pass after pass over all rows, each in a new random order.
+
+    Rows of like length come in one step, so that little is padded: the rows of every 16 steps are sorted by length and
+    dealt to the steps, and the steps put in random order.
+    """
+    random = np.random.default_rng(seed)
+    places: list[int] = []
+    while len(places) < steps * rows_per_step:
+        places += random.permutation(len(lengths)).tolist()
+    del places[steps * rows_per_step :]
+    ordered: list[int] = []
+    for start in range(0, len(places), BUCKET * rows_per_step):
+        bucket = sorted(places[start : start + BUCKET * rows_per_step], key=lambda row: lengths[row])
+        for step in random.permutation(len(bucket) // rows_per_step).tolist():
+            ordered += bucket[step * rows_per_step : (step + 1) * rows_per_step]
+    return ordered
 
 
 def card_facts(summary: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from rlhf.tinyworld.dialogues import shuffled_prompts
 from rlhf.tinyworld.oracle import gold_reward, prefers_first
 from rlhf.tinyworld.words import Draw
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer
-from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
+from stages.common import accumulation, card_facts, open_data, report_faults, starting_model, training_order
 from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
 
 
@@ -233,9 +233,11 @@ def _trained(
         "learning_rate": "learning_rate",
         "grad_norm": "gradient_norm",
     }
+    lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in train]
+    order = training_order(lengths, settings.pairs_per_step, steps, derive_seed(recipe.seed, "reward", "order"))
     dataset = Dataset.from_dict(
         {"chosen_ids": [pair.chosen_ids for pair in train], "rejected_ids": [pair.rejected_ids for pair in train]}
-    )
+    ).select(order)
     trainer = RewardTrainer(
         model=model,
         args=arguments,
@@ -248,11 +250,16 @@ def _trained(
     return model, {"steps": steps, "pairs_train": len(train)}
 
 
+def _scored(model: PreTrainedModel, pairs: list[Pair]) -> dict[tuple[int, ...], float]:
+    """The raw score of every response that is compared, each scored once however often it is."""
+    distinct = sorted({tuple(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)})
+    return dict(zip(distinct, raw_scores(model, [list(ids) for ids in distinct]), strict=True))
+
+
 @torch.no_grad()
 def _normalise(model: PreTrainedModel, train: list[Pair]) -> None:
     """Gives the scores of the compared responses mean 0 and variance 1."""
-    distinct = {tuple(ids) for pair in train for ids in (pair.chosen_ids, pair.rejected_ids)}
-    scores = raw_scores(model, [list(ids) for ids in sorted(distinct)])
+    scores = list(_scored(model, train).values())
     scale = pstdev(scores)
     if scale < 1e-6:
         raise UserError("the reward model gives every response the same score: nothing was learned from the pairs")
@@ -265,10 +272,10 @@ def _normalise(model: PreTrainedModel, train: list[Pair]) -> None:
 
 def _measure(model: PreTrainedModel, test: list[Pair], gold_margin: float) -> dict[str, Any]:
     """Accuracy on held-out comparisons, beside what the length alone would give, and on gold where it is known."""
-    scores = raw_scores(model, [ids for pair in test for ids in (pair.chosen_ids, pair.rejected_ids)])
     mean = score_mean(model)
-    chosen, rejected = scores[::2], scores[1::2]
-    right = [a > b for a, b in zip(chosen, rejected, strict=True)]
+    score_of = _scored(model, test)
+    scores = [score_of[tuple(ids)] for pair in test for ids in (pair.chosen_ids, pair.rejected_ids)]
+    right = [a > b for a, b in zip(scores[::2], scores[1::2], strict=True)]
     longer = [_longer_wins(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in test]
     found: dict[str, Any] = {
         "pairs_test": len(test),

@@ -29,7 +29,7 @@ from rlhf.rollout import CacheEngine, uniforms
 from rlhf.rundir import RunDir
 from rlhf.runtime import MetricsLog, derive_seed, log
 from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat, visible
-from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
+from stages.common import accumulation, card_facts, open_data, report_faults, starting_model, training_order
 from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
 
 IGNORED = -100  # the label of a token that is not learned
@@ -145,7 +145,14 @@ def _train(
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=_dataset(train),
+        train_dataset=_dataset(train).select(
+            training_order(
+                [len(chat.ids) for chat in train],
+                settings.dialogues_per_step,
+                settings.steps,
+                derive_seed(seed, "sft", "order"),
+            )
+        ),
         processing_class=tokenizer,
         callbacks=[ShowProgress("sft", settings.steps, MetricsLog(directory / "metrics.jsonl"), figures)],
     )

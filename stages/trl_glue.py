@@ -53,7 +53,7 @@ def trainer_arguments(
         "report_to": [],
         "disable_tqdm": True,
         "seed": derive_seed(seed, stage, "trainer"),
-        "data_seed": derive_seed(seed, stage, "order"),
+        "train_sampling_strategy": "sequential",  # the rows come in the order in which they are to be read
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": gpu,
     }

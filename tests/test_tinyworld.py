@@ -10,19 +10,28 @@ from typing import Any
 
 import pytest
 
-from rlhf.tinyworld.dialogues import Dialogue, dialogues, prompts, questions, respond, shuffled_prompts, split_of_prompt
+from rlhf.tinyworld.dialogues import (
+    ANSWERS,
+    Dialogue,
+    dialogues,
+    prompts,
+    questions,
+    respond,
+    shuffled_prompts,
+    split_of_prompt,
+)
 from rlhf.tinyworld.documents import documents, split_of
 from rlhf.tinyworld.incontext import MAX_SHOTS, items, lines, recall_families, rule_families, task_names
 from rlhf.tinyworld.oracle import best_response, gold_reward, prefers_first
-from rlhf.tinyworld.words import Draw, Split, facts, text_hash, words
+from rlhf.tinyworld.words import Draw, Split, answers, facts, mistakes, statement, text_hash, words
 
 # SHA-256 of what seed 0 makes. A change of Python must not move them. Whoever changes words.yaml, a sentence or a share
 # on purpose renews them: run this file, and copy the digests that the failure shows as found.
 DIGESTS = {
-    "documents": "76d1149aef6ed3722451d425ba07c1427d741aa69ce6132a93ce1df8437fc59e",
-    "dialogues": "6cde360c51e4a5bf636a2e4e5d6106c391fdd4b3844207dcae976a6a5472d788",
-    "prompts": "32d4788c5cf570f3e24b5c8c79dc556a73768bece8f2cfa2aa2a696134311674",
-    "items": "ecfb5e0386a8cc60a1a7cb9ff40bdc97f83102a56ce964a556156d397a944984",
+    "documents": "aa2e6fb317a8157738b07f17cd83cac892554d6ad1c3fc0902cd897486f18f07",
+    "dialogues": "3179ed60226bb47b0c41af8c150f8b6f5c76c966747bf542cc2afab357337fbc",
+    "prompts": "92a66ea2e16884c001cf9cab313883a2002e856461efadc92a69b8b81a771e32",
+    "items": "40953956e6a78361169f9dd85c0248dbb26e4e4c6eb1b157143da4593eab1b91",
 }
 
 RULES = ("rules_numbers", "rules_words")
@@ -249,10 +258,13 @@ def test_recall_items_offer_eight_values_and_the_demonstrated_one_is_right(task:
 
 
 @pytest.mark.parametrize("task", RECALL)
-def test_recall_answers_stand_at_every_place(task: str) -> None:
-    counts = Counter(item.answer for item in items(task, 2, 400, seed=5))
-    assert set(counts) == set(range(8))
-    assert max(counts.values()) < 80  # 50 expected
+@pytest.mark.parametrize("shots", [0, 2])
+def test_recall_items_ask_each_query_once_with_every_choice_as_its_answer(task: str, shots: int) -> None:
+    asked = items(task, shots, 400, seed=5)
+    for first in range(0, 400, 8):
+        block = asked[first : first + 8]
+        assert len({(item.input, item.choices) for item in block}) == 1
+        assert {item.answer for item in block} == set(range(8))
 
 
 @pytest.mark.parametrize("task", RULES + RECALL)
@@ -307,7 +319,7 @@ WORKED = [
     (HOT, "The opposite of hot is cold. I am glad to help.", 1.0),  # polite 0.25
     (HOT, "Thank you for asking. I am glad to help. cold.", 1.0),  # polite counts once
     (HOT, "The opposite of hot is small.", 0.0),
-    (HOT, "The opposite of hot is small. Have a nice day.", 0.25),
+    (HOT, "The opposite of hot is small. Good question.", 0.25),
     (HOT, "small. Leave me alone.", -0.25),
     (HOT, "small. Leave me alone. What a silly question.", -0.25),  # rude counts once
     (HOT, "cold. Leave me alone.", 0.5),
@@ -326,10 +338,10 @@ WORKED = [
     ("What is 3 plus 4?", "3 plus 4.", 0.0),
     ("What is 3 plus 4?", "7 or 8.", 0.0),
     ("What is 3 plus 4?", "17.", 0.0),
-    ("What does 热 mean?", "The English word for 热 is hot.", 0.75),
-    ("How do you say hot in Chinese?", "热", 0.75),
-    ("How do you say hot in Chinese?", "The Chinese word for hot is 冷.", 0.0),
-    ("What colour is the sky?", "blue. I hope this helps.", 1.0),
+    ("Translate 茶 into English.", "The English word for 茶 is tea.", 0.75),
+    ("Translate tea into Chinese.", "茶", 0.75),
+    ("Translate tea into Chinese.", "The Chinese word for tea is 水.", 0.0),
+    ("What colour is the sky?", "blue. Nice to meet you.", 1.0),
     ("What colour is the sky?", "green and blue.", 0.0),
 ]
 
@@ -371,7 +383,28 @@ def test_dialogues_are_of_mixed_quality_with_room_to_improve() -> None:
     assert 0.4 < len(right) / len(made) < 0.75
     assert min(rewards) == -0.25
     assert max(rewards) == 1.0
-    assert len({len(dialogue.response.split()) for dialogue in made}) > 15
+    assert len({len(dialogue.response.split()) for dialogue in made}) > 10
+
+
+def test_people_make_the_same_two_mistakes_about_a_fact_again_and_again() -> None:
+    for fact in facts():
+        assert len(set(mistakes(fact))) == 2
+        assert fact.answer not in mistakes(fact)
+        assert set(mistakes(fact)) < set(answers(fact.kind))
+
+
+def test_responses_are_right_mistaken_misread_or_off_topic_in_stated_shares() -> None:
+    found: Counter[str] = Counter()
+    for prompt, response in first_dialogues("train", 0, 4000):
+        asked = questions()[prompt]
+        if response.endswith(statement(asked)):
+            found["right"] += 1
+        elif any(response.endswith(statement(asked, mistake)) for mistake in mistakes(asked)):
+            found["mistaken"] += 1
+        else:
+            told = next(fact for fact in facts() if response.endswith(statement(fact)))
+            found["misread" if told.kind == asked.kind else "off topic"] += 1
+    assert {kind: n / 4000 for kind, n in found.items()} == pytest.approx(ANSWERS, abs=0.03)
 
 
 def test_labellers_mostly_agree_with_gold_and_length_alone_says_little() -> None:
@@ -412,5 +445,5 @@ def test_one_labeller_draw_gives_the_same_labels_again() -> None:
     labels: dict[int, list[bool]] = defaultdict(list)
     for again in range(2):
         draw = Draw("labeller", "again")
-        labels[again] = [prefers_first(HOT, "cold.", "small. I hope this helps.", draw) for _ in range(50)]
+        labels[again] = [prefers_first(HOT, "cold.", "small. Nice to meet you.", draw) for _ in range(50)]
     assert labels[0] == labels[1]

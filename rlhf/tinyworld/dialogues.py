@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from rlhf.tinyworld.words import Draw, Fact, Split, answers, facts, statement, text_hash, words
+from rlhf.tinyworld.words import Draw, Fact, Split, facts, mistakes, statement, text_hash, topic, words
 
 TEST_PROMPTS = 0.15
 VALIDATION_PROMPTS = 0.10
+
+ANSWERS = {"right": 0.60, "mistaken": 0.20, "misread": 0.13, "off topic": 0.07}
+"""What responses say: the answer, a common mistake, the answer to a question of the same kind, or to any other."""
 
 
 class Dialogue(NamedTuple):
@@ -22,9 +25,16 @@ def questions() -> dict[str, Fact]:
     """Every question that can be asked, with the fact that answers it."""
     found: dict[str, Fact] = {}
     for fact in facts():
-        for pattern in words()["kinds"][fact.kind]["questions"]:
-            found.setdefault(pattern.format(x=fact.subject), fact)
+        asked = [frame.format(topic=topic(fact)) for frame in words()["frames"]]
+        asked += [pattern.format(x=fact.subject) for pattern in words()["kinds"][fact.kind]["questions"]]
+        found.update(dict.fromkeys(asked, fact))
     return found
+
+
+@cache
+def openings() -> tuple[str, ...]:
+    """The sentences that a response may begin with: they say nothing, but are polite, rude or a waste of time."""
+    return tuple(sentence for kind in words()["manners"].values() for sentence in kind)
 
 
 def split_of_prompt(prompt: str) -> Split:
@@ -59,15 +69,17 @@ def dialogues(split: Split, seed: int) -> Iterator[Dialogue]:
 def respond(fact: Fact, draw: Draw) -> str:
     """A response as people write them: right more often than not, in whatever manner and at whatever length."""
     manners: dict[str, list[str]] = words()["manners"]
-    answer = fact.answer
-    if draw.share(0.4):
-        answer = draw.pick([other for other in answers(fact.kind) if other != fact.answer])
-    core = f"It is {answer}." if draw.share(0.2) else statement(fact, answer)
-    before: list[str] = []
-    after: list[str] = []
+    match draw.weighted(ANSWERS):
+        case "right":
+            core = statement(fact)
+        case "mistaken":
+            core = statement(fact, draw.pick(mistakes(fact)))
+        case "misread":
+            core = statement(draw.pick([other for other in facts() if other.kind == fact.kind and other != fact]))
+        case _:
+            core = statement(draw.pick([other for other in facts() if other.kind != fact.kind]))
+    opening = [draw.pick(manners["filler"])] if draw.share(0.35) else []
     manner = draw.weighted({"neutral": 0.5, "polite": 0.25, "rude": 0.25})
     if manner != "neutral":
-        after += draw.sample(manners[manner], 1 + draw.below(2))
-    if draw.share(0.35):
-        before += draw.sample(manners["filler"], 1 + draw.below(2))
-    return " ".join([*before, core, *after])
+        opening.insert(0, draw.pick(manners[manner]))
+    return " ".join([*opening, core])

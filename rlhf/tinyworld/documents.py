@@ -2,22 +2,14 @@
 
 from collections.abc import Iterator
 
-from rlhf.tinyworld.dialogues import prompts, questions
+from rlhf.tinyworld.dialogues import openings, prompts, questions
 from rlhf.tinyworld.incontext import lines, recall_document, rules_document
-from rlhf.tinyworld.words import Draw, Fact, Split, answers, facts, statement, text_hash, words
+from rlhf.tinyworld.words import Draw, Fact, Split, facts, statement, text_hash, words
 
-MIXTURE = {
-    "rules": 0.20,
-    "recall": 0.30,
-    "known": 0.06,
-    "facts": 0.08,
-    "questions": 0.14,
-    "marks": 0.20,
-    "reviews": 0.02,
-}
+MIXTURE = {"rules": 0.26, "recall": 0.26, "known": 0.06, "facts": 0.06, "questions": 0.34, "reviews": 0.02}
 """Shares of the documents: the in-context families, tasks that their task line names, statements, and so on."""
 
-LINES = {"known": 6, "facts": 5, "questions": 3, "marks": 4, "reviews": 4}
+LINES = {"known": 6, "facts": 5, "questions": 3, "reviews": 4}
 """How many items make a document: always as many, so that a held-out document is no part of a longer one."""
 
 HELD_OUT = 0.05  # the share of all possible documents that is kept for validation, and again for test
@@ -50,8 +42,6 @@ def _document(draw: Draw) -> str:
             return " ".join(statement(fact) for fact in draw.sample(facts(), LINES["facts"]))
         case "questions":
             return "\n".join(_answered(draw) for _ in range(LINES["questions"]))
-        case "marks":
-            return "\n".join(_marked(draw) for _ in range(LINES["marks"]))
         case _:
             return "\n".join(_review(draw) for _ in range(LINES["reviews"]))
 
@@ -65,17 +55,10 @@ def _known_document(draw: Draw) -> str:
 
 
 def _answered(draw: Draw) -> str:
-    """A question that is no test prompt, and on the next line the statement that answers it."""
+    """A question that is no test prompt, and on the next line the statement that answers it, some with an opening."""
     question = draw.pick(prompts("train"))
-    return f"{question}\n{statement(questions()[question])}"
-
-
-def _marked(draw: Draw) -> str:
-    """A statement as a teacher marks it: half of them are wrong, and are called so."""
-    fact = draw.pick(facts())
-    if draw.share(0.5):
-        return f"{statement(fact)} Right"
-    return f"{statement(fact, draw.pick([other for other in answers(fact.kind) if other != fact.answer]))} Wrong"
+    opening = [draw.pick(openings())] if draw.share(0.2) else []
+    return "\n".join([question, " ".join([*opening, statement(questions()[question])])])
 
 
 def _review(draw: Draw) -> str:

@@ -63,7 +63,7 @@ def _chinese_numeral(x: str) -> str:
 def rule_families() -> tuple[Rules, ...]:
     """The rules tasks: five things to do to a number, five to do to an adjective."""
     opposite = {fact.subject: fact.answer for fact in facts() if fact.kind == "opposite"}
-    chinese: dict[str, str] = words()["chinese"]
+    chinese: dict[str, str] = words()["adjectives"]
     return (
         Rules(
             "rules_numbers",
@@ -160,8 +160,8 @@ def task_names() -> tuple[str, ...]:
 def items(task: str, shots: int, n: int, seed: int) -> list[Item]:
     """`n` test items of a task with `shots` demonstrations each.
 
-    The same queries and answers come at every count. Rules are balanced: each query is asked once under every rule,
-    so without demonstrations no fixed preference among the rules can do better than a guess.
+    The same queries and answers come at every count. Items are balanced: each query is asked once under every rule, or
+    once with each of its choices as the answer, so without demonstrations no preference can do better than a guess.
     """
     if not 0 <= shots <= MAX_SHOTS:
         raise ValueError(f"{task} has items with 0 to {MAX_SHOTS} demonstrations, not {shots}")
@@ -205,10 +205,10 @@ def _rules_item(family: Rules, index: int, shots: int, seed: int) -> Item:
 
 
 def _recall_item(family: Recall, index: int, shots: int, seed: int) -> Item:
-    draw = Draw("item", family.name, seed, index)
+    draw = Draw("item", family.name, seed, index // MAX_SHOTS)
     query = draw.pick(_shy_queries(family.inputs))
     values = draw.sample(family.values, MAX_SHOTS)
-    answer = draw.below(MAX_SHOTS)
+    answer = index % MAX_SHOTS
     draw = Draw("demonstrations", family.name, seed, index, shots)
     keys = [query] if shots else []
     if shots > 1:

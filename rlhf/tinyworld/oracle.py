@@ -11,7 +11,7 @@ RIGHT, POLITE, BRIEF, RUDE = 0.60, 0.25, 0.15, -0.25
 
 BRIEF_WORDS = 16  # a right answer of at most this many words is brief; one of twice as many is not brief at all
 
-LABEL_TEMPERATURE = 0.25  # gold reward that moves the labellers' log-odds by one
+LABEL_TEMPERATURE = 0.2  # gold reward that moves the labellers' log-odds by one
 LABEL_LENGTH_BIAS = 0.02  # log-odds for each word that a response is longer
 LABEL_NOISE = 0.05  # share of the labels that are thrown away for a coin's
 
@@ -36,7 +36,7 @@ def gold_reward(prompt: str, response: str) -> float:
 
 def best_response(prompt: str) -> str:
     """A response with the highest gold reward there is, 1.0."""
-    return f"{statement(questions()[prompt])} {words()['manners']['polite'][0]}"
+    return f"{words()['manners']['polite'][0]} {statement(questions()[prompt])}"
 
 
 def prefers_first(prompt: str, first: str, second: str, draw: Draw) -> bool:

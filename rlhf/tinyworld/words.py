@@ -12,6 +12,8 @@ import yaml
 T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
 
+MISTAKES = 2  # wrong answers to a fact that people give
+
 
 class Fact(NamedTuple):
     """One thing that is true: `kind` names the question, `subject` is asked about, `answer` is the only right word."""
@@ -86,7 +88,7 @@ def facts() -> tuple[Fact, ...]:
     found += [Fact("colour", x, y) for x, y in w["colours"].items()]
     found += [Fact("sound", x, y) for x, y in w["sounds"].items()]
     found += [Fact("capital", x, y) for x, y in w["capitals"].items()]
-    found += [Fact("sum", f"{a} plus {b}", str(a + b)) for a in range(1, 10) for b in range(1, 10)]
+    found += [Fact("sum", f"{a} plus {b}", str(a + b)) for a in range(1, 7) for b in range(1, 7)]
     return tuple(found)
 
 
@@ -96,6 +98,18 @@ def answers(kind: str) -> tuple[str, ...]:
     return tuple(sorted({fact.answer for fact in facts() if fact.kind == kind}))
 
 
+@cache
+def mistakes(fact: Fact) -> tuple[str, ...]:
+    """The wrong answers that people give when asked for this fact: always the same few."""
+    others = [answer for answer in answers(fact.kind) if answer != fact.answer]
+    return tuple(Draw("mistakes", fact.kind, fact.subject).sample(others, MISTAKES))
+
+
+def topic(fact: Fact) -> str:
+    """What a question about the fact asks for: `opposite of hot`."""
+    return words()["kinds"][fact.kind]["topic"].format(x=fact.subject)
+
+
 def statement(fact: Fact, answer: str | None = None) -> str:
     """The sentence that states the fact, or a wrong answer to it."""
-    return words()["kinds"][fact.kind]["statement"].format(x=fact.subject, y=answer or fact.answer)
+    return f"The {topic(fact)} is {answer or fact.answer}."
