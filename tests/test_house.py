@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
     {"rlhf.recipe", "rlhf.errors", "rlhf.functional"},
-    {"rlhf.model", "rlhf.tokenizer", "rlhf.runtime", "rlhf.rundir"},
+    {"rlhf.model", "rlhf.tokenizer", "rlhf.runtime", "rlhf.checkpoint", "rlhf.rundir"},
     {"rlhf.data", "rlhf.tinyworld", "rlhf.rollout", "rlhf.judge"},
     {"evaluation"},
     {"stages"},

@@ -28,9 +28,9 @@ from rlhf.tinyworld.words import Draw, Split, answers, facts, mistakes, statemen
 # SHA-256 of what seed 0 makes. A change of Python must not move them. Whoever changes words.yaml, a sentence or a share
 # on purpose renews them: run this file, and copy the digests that the failure shows as found.
 DIGESTS = {
-    "documents": "aa2e6fb317a8157738b07f17cd83cac892554d6ad1c3fc0902cd897486f18f07",
-    "dialogues": "3179ed60226bb47b0c41af8c150f8b6f5c76c966747bf542cc2afab357337fbc",
-    "prompts": "92a66ea2e16884c001cf9cab313883a2002e856461efadc92a69b8b81a771e32",
+    "documents": "a6060f7c7ab18e49127062945d4e63a129dcc37e2148a56b1e05e4008c168bf4",
+    "dialogues": "788852866cac845fc74bf351ea9881f6bd8291a7011a63e64f6149fce596cf0d",
+    "prompts": "38e4df9995a8a92073ea8eaad7fb8146433343bc81e9f05c87f3058914e5eb60",
     "items": "40953956e6a78361169f9dd85c0248dbb26e4e4c6eb1b157143da4593eab1b91",
 }
 

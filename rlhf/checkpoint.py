@@ -1,0 +1,240 @@
+"""Checkpoints: what resuming needs, written so that a crash at any moment leaves the last good one whole.
+
+    checkpoints/
+      step-200/
+        checkpoint.json      written last: the step, small facts, size and SHA-256 of every other file
+        NAME.json            the shape of a tree of state; its tensors are in
+        NAME.safetensors     tensors alone, no code
+      step-400.partial/      being written, or left by a crash: never read, removed by the next one
+
+A checkpoint is written under a temporary name; its files are flushed to the disk, their checksums added, and the
+folder renamed, which is atomic. A checkpoint that doesn't match its checksums is reported and passed over.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.errors import StageFailed
+from rlhf.rundir import digest_file, sync_folder
+from rlhf.runtime import log
+
+SEAL = "checkpoint.json"
+SPARE_BYTES = 64 * 2**20  # left free beside a checkpoint, for the metrics and the model that come after it
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that matches its checksums."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one stage, in one folder."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self._folder, self._keep = folder, keep
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; damaged ones are reported and passed over."""
+        for path in self._sealed():
+            fault, found = _read(path)
+            if found:
+                return found
+            log(f"the checkpoint {path} is damaged ({fault}) and passed over")
+        return None
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for a checkpoint of this step. Raises StageFailed where the disk has no room for it."""
+        self._check_room()
+        for left in self._folder.glob("*.partial"):
+            shutil.rmtree(left)
+        path = self._folder / f"step-{step}.partial"
+        path.mkdir(parents=True)
+        return path
+
+    def seal(self, path: Path, facts: dict[str, Any]) -> Checkpoint:
+        """Makes a folder that `begin` gave, and that has been filled since, a checkpoint; removes the oldest ones."""
+        step = int(path.name.removesuffix(".partial").removeprefix("step-"))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            _flush(file)
+        sums = {str(file.relative_to(path)): [file.stat().st_size, digest_file(file)] for file in files}
+        seal = path / SEAL
+        body = {"step": step, "facts": facts, "files": sums}
+        seal.write_text(json.dumps({**body, "sha256": _digest(body)}), encoding="utf-8")
+        _flush(seal)
+        sync_folder(path)
+        target = path.with_name(f"step-{step}")
+        if target.exists():  # only a damaged one can be here: a whole one would have been gone on from
+            shutil.rmtree(target)
+        path.rename(target)
+        sync_folder(self._folder)
+        self._prune(target)
+        return Checkpoint(target, step, facts)
+
+    def discard(self, path: Path) -> None:
+        """Removes what has been written of a checkpoint that can't be finished."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def _sealed(self) -> list[Path]:
+        """The folders that were sealed once, the newest first."""
+        if not self._folder.is_dir():
+            return []
+        found = [path for path in self._folder.iterdir() if path.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+
+    def _prune(self, newest: Path) -> None:
+        """Keeps the newest ones. The one just sealed is whole, so what is removed is never the last good one."""
+        for path in [path for path in self._sealed() if path != newest][self._keep - 1 :]:
+            shutil.rmtree(path)
+
+    def _check_room(self) -> None:
+        """The new checkpoint will be about as large as the last one."""
+        sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in self._sealed()[:1]]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if sizes and free < sizes[0] + SPARE_BYTES:
+            raise StageFailed(no_room(self._folder, free, sizes[0] + SPARE_BYTES))
+
+
+def no_room(folder: Path, free: int | None = None, needed: int | None = None) -> str:
+    """What to say when the disk is full."""
+    figures = f" ({free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed)" if free and needed else ""
+    return (
+        f"no room for a checkpoint in {folder}{figures}; the last one is untouched: free some space and give the same "
+        "command again, and the run goes on from there"
+    )
+
+
+def _read(path: Path) -> tuple[str, Checkpoint | None]:
+    """The checkpoint in a folder, or what is wrong with it."""
+    try:
+        body = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        if body.pop("sha256") != _digest(body):
+            return f"{SEAL} doesn't match its own checksum", None
+        step, facts, files = int(body["step"]), dict(body["facts"]), dict(body["files"])
+        for name, (size, digest) in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing", None
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size:,} bytes, not {size:,}", None
+            if digest_file(file) != digest:
+                return f"{name} doesn't match its checksum", None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{SEAL}: {type(error).__name__}: {error}", None
+    return "", Checkpoint(path, step, facts)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+# Trees of state: dictionaries and lists of tensors and plain values, as state_dict() gives
+
+
+def save_tree(tree: Any, folder: Path, name: str) -> None:
+    """Writes a tree as NAME.safetensors and NAME.json. Tensors that share their memory are written once."""
+    tensors: dict[str, Tensor] = {}
+    places: dict[tuple[Any, ...], str] = {}
+
+    def packed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            whole = value.detach()
+            identity = (whole.data_ptr(), whole.dtype, tuple(whole.shape), whole.stride())
+            if whole.numel() == 0 or identity not in places:
+                places[identity] = str(len(tensors))
+                tensors[places[identity]] = whole.cpu().contiguous().clone()
+            return {"tensor": places[identity]}
+        if isinstance(value, dict):
+            return {"map": [[packed(key), packed(inner)] for key, inner in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [packed(inner) for inner in value]}
+        if isinstance(value, list):
+            return {"list": [packed(inner) for inner in value]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"value": value}
+        raise TypeError(f"a checkpoint can't hold a {type(value).__name__}")
+
+    shape = packed(tree)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(shape), encoding="utf-8")
+
+
+def load_tree(folder: Path, name: str) -> Any:
+    """The tree that `save_tree` wrote, its tensors on the CPU."""
+    tensors = load_file(folder / f"{name}.safetensors")
+
+    def unpacked(node: dict[str, Any]) -> Any:
+        ((kind, value),) = node.items()
+        if kind == "tensor":
+            return tensors[value]
+        if kind == "map":
+            return {unpacked(key): unpacked(inner) for key, inner in value}
+        if kind == "tuple":
+            return tuple(unpacked(inner) for inner in value)
+        if kind == "list":
+            return [unpacked(inner) for inner in value]
+        return value
+
+    return unpacked(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+
+
+# Random states of a process
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all generators that libraries draw from in this process."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state()  # the one that libraries use
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(place), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what `random_state` gave."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Cadence:
+    """When a checkpoint is due: every so many steps, and when so many minutes have gone since the last one."""
+
+    def __init__(self, steps: int | None, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._steps, self._seconds, self._clock = steps, minutes * 60, clock
+        self._last = clock()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint should be written after this step."""
+        by_steps = self._steps is not None and step % self._steps == 0
+        return by_steps or self._clock() - self._last >= self._seconds
+
+    def written(self) -> None:
+        """Tells that one has just been written."""
+        self._last = self._clock()

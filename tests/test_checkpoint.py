@@ -1,0 +1,180 @@
+"""Checkpoints: whole or passed over, the last good one never removed, every tensor and random state as it was."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.checkpoint import (
+    SEAL,
+    Cadence,
+    Checkpoints,
+    load_tree,
+    random_state,
+    save_tree,
+    set_random_state,
+)
+from rlhf.errors import StageFailed
+
+
+def write(store: Checkpoints, step: int, **facts: Any) -> Path:
+    folder = store.begin(step)
+    save_tree({"weight": torch.full((4, 4), float(step)), "step": step}, folder, "state")
+    return store.seal(folder, facts).path
+
+
+def test_the_newest_checkpoint_is_found_with_its_facts(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "checkpoints")
+    assert store.newest() is None
+    write(store, 9, note="old")
+    write(store, 10, note="new")
+    found = store.newest()
+    assert found is not None
+    assert (found.step, found.facts) == (10, {"note": "new"})
+    assert load_tree(found.path, "state")["weight"].tolist() == [[10.0] * 4] * 4
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", SEAL])
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_checkpoint_is_reported_and_passed_over(
+    tmp_path: Path, name: str, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Checkpoints(tmp_path)
+    write(store, 1)
+    damage(write(store, 2) / name)
+    found = store.newest()
+    assert found is not None
+    assert found.step == 1
+    assert "step-2 is damaged" in capsys.readouterr().out
+    assert write(store, 2).exists()  # and can be written again
+    found = store.newest()
+    assert found is not None
+    assert found.step == 2
+
+
+def test_what_a_crash_left_half_written_is_never_read_and_is_cleared_away(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    write(store, 1)
+    left = store.begin(2)
+    (left / "state.safetensors").write_bytes(b"torn")
+    assert Checkpoints(tmp_path).newest() == store.newest()
+    write(store, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3"]
+
+
+@given(keep=st.integers(1, 4), steps=st.lists(st.integers(1, 99), unique=True, min_size=1, max_size=8))
+@settings(max_examples=20, deadline=None)
+def test_as_many_as_asked_for_are_kept_the_newest_among_them(
+    tmp_path_factory: pytest.TempPathFactory, keep: int, steps: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("kept")
+    store = Checkpoints(folder, keep)
+    for step in sorted(steps):
+        write(store, step)
+    assert {path.name for path in folder.iterdir()} == {f"step-{step}" for step in sorted(steps)[-keep:]}
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Checkpoints(tmp_path)
+    write(store, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10))
+    with pytest.raises(StageFailed, match="no room for a checkpoint"):
+        store.begin(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+# Trees
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tree = {"optimizer": optimizer.state_dict(), "list": [1, 2.5, None, True, "text"], "pair": (1, (2, 3)), 7: "seven"}
+    save_tree(tree, tmp_path, "tree")
+    found = load_tree(tmp_path, "tree")
+    assert found.keys() == tree.keys()
+    assert found["list"] == tree["list"]
+    assert found["pair"] == (1, (2, 3))
+    again = torch.optim.AdamW(layer.parameters(), lr=0.2)
+    again.load_state_dict(found["optimizer"])
+    for old, new in zip(optimizer.state.values(), again.state.values(), strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    assert again.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_every_bit_of_a_tensor_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = (torch.randn(5, 7) * 10).to(dtype).t()
+    save_tree([tensor, torch.zeros(0, 3, dtype=dtype), torch.tensor(1).to(dtype)], tmp_path, "t")
+    found = load_tree(tmp_path, "t")
+    assert [item.dtype for item in found] == [dtype] * 3
+    assert torch.equal(found[0], tensor)
+    assert found[1].shape == (0, 3)
+    assert found[2].shape == ()
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    weight = torch.randn(1000, 10)
+    save_tree({"a": weight, "b": weight}, tmp_path, "tied")
+    assert (tmp_path / "tied.safetensors").stat().st_size < 1.5 * weight.numel() * 4
+    assert torch.equal(load_tree(tmp_path, "tied")["b"], weight)
+
+
+def test_what_is_no_plain_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="can't hold a PosixPath"):
+        save_tree({"path": tmp_path}, tmp_path, "bad")
+
+
+def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:
+    def draws() -> list[Any]:
+        return [random.random(), np.random.rand(3).tolist(), torch.randn(3).tolist()]
+
+    random.gauss(0, 1), np.random.randn()  # leaves half a pair of Gaussians behind
+    save_tree(random_state(), tmp_path, "random")
+    first = draws()
+    assert draws() != first
+    set_random_state(load_tree(tmp_path, "random"))
+    assert draws() == first
+
+
+# Cadence
+
+
+def test_a_checkpoint_is_due_by_steps_and_by_minutes() -> None:
+    now = [0.0]
+    cadence = Cadence(steps=10, minutes=2, clock=lambda: now[0])
+    assert [step for step in range(1, 31) if cadence.due(step)] == [10, 20, 30]
+    now[0] = 119.0
+    assert not cadence.due(31)
+    now[0] = 120.0
+    assert cadence.due(31)
+    cadence.written()
+    assert not cadence.due(32)
+    assert not Cadence(steps=None, minutes=1, clock=lambda: 0.0).due(10)
+
+
+def test_a_seal_holds_no_code(tmp_path: Path) -> None:
+    path = write(Checkpoints(tmp_path), 3)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert json.loads((path / SEAL).read_text())["step"] == 3
