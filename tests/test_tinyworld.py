@@ -29,7 +29,7 @@ from rlhf.tinyworld.words import Draw, Split, answers, facts, mistakes, statemen
 # on purpose renews them: run this file, and copy the digests that the failure shows as found.
 DIGESTS = {
     "documents": "a6060f7c7ab18e49127062945d4e63a129dcc37e2148a56b1e05e4008c168bf4",
-    "dialogues": "788852866cac845fc74bf351ea9881f6bd8291a7011a63e64f6149fce596cf0d",
+    "dialogues": "cb8acbe8d4d84a4b2ec67a93e5c01a49cd0319adb3055e50b1afe8d57a2e7e18",
     "prompts": "38e4df9995a8a92073ea8eaad7fb8146433343bc81e9f05c87f3058914e5eb60",
     "items": "40953956e6a78361169f9dd85c0248dbb26e4e4c6eb1b157143da4593eab1b91",
 }
@@ -393,7 +393,7 @@ def test_people_make_the_same_two_mistakes_about_a_fact_again_and_again() -> Non
         assert set(mistakes(fact)) < set(answers(fact.kind))
 
 
-def test_responses_are_right_mistaken_misread_or_off_topic_in_stated_shares() -> None:
+def test_responses_are_right_mistaken_or_off_topic_in_stated_shares() -> None:
     found: Counter[str] = Counter()
     for prompt, response in first_dialogues("train", 0, 4000):
         asked = questions()[prompt]
@@ -402,8 +402,8 @@ def test_responses_are_right_mistaken_misread_or_off_topic_in_stated_shares() ->
         elif any(response.endswith(statement(asked, mistake)) for mistake in mistakes(asked)):
             found["mistaken"] += 1
         else:
-            told = next(fact for fact in facts() if response.endswith(statement(fact)))
-            found["misread" if told.kind == asked.kind else "off topic"] += 1
+            assert any(response.endswith(statement(fact)) for fact in facts())
+            found["off topic"] += 1
     assert {kind: n / 4000 for kind, n in found.items()} == pytest.approx(ANSWERS, abs=0.03)
 
 

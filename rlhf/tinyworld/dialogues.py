@@ -9,8 +9,8 @@ from rlhf.tinyworld.words import Draw, Fact, Split, facts, mistakes, statement, 
 TEST_PROMPTS = 0.15
 VALIDATION_PROMPTS = 0.10
 
-ANSWERS = {"right": 0.60, "mistaken": 0.20, "misread": 0.13, "off topic": 0.07}
-"""What responses say: the answer, a common mistake, the answer to a question of the same kind, or to any other."""
+ANSWERS = {"right": 0.60, "mistaken": 0.25, "off topic": 0.15}
+"""What responses say: the answer, a common mistake, or something true that was not asked for."""
 
 
 class Dialogue(NamedTuple):
@@ -74,10 +74,8 @@ def respond(fact: Fact, draw: Draw) -> str:
             core = statement(fact)
         case "mistaken":
             core = statement(fact, draw.pick(mistakes(fact)))
-        case "misread":
-            core = statement(draw.pick([other for other in facts() if other.kind == fact.kind and other != fact]))
         case _:
-            core = statement(draw.pick([other for other in facts() if other.kind != fact.kind]))
+            core = statement(draw.pick([other for other in facts() if other != fact]))
     opening = [draw.pick(manners["filler"])] if draw.share(0.35) else []
     manner = draw.weighted({"neutral": 0.5, "polite": 0.25, "rude": 0.25})
     if manner != "neutral":
