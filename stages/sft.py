@@ -59,14 +59,22 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     )
     log("sft: the first dialogue, what is trained in [brackets]:\n  " + _marked(tokenizer, train[0]))
 
-    seconds = _train(model, tokenizer, train, settings, size, passes, recipe.seed, directory.path)
+    order = training_order(
+        [len(chat.ids) for chat in train],
+        settings.dialogues_per_step,
+        settings.steps,
+        derive_seed(recipe.seed, "sft", "order"),
+    )
+    seconds = _train(
+        model, tokenizer, _dataset(train).select(order), settings, size, passes, recipe.seed, directory.path
+    )
     disable_dropout(model)
     model.eval()
-    tokens = sum(len(chat.ids) for chat in train) / len(train) * settings.steps * settings.dialogues_per_step
+    tokens = sum(len(train[row].ids) for row in order)
     summary = {
         "parameters": count_parameters(model),
         "steps": settings.steps,
-        "tokens": round(tokens),
+        "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "dialogues_train": len(train),
         "dialogues_validation": len(validation),
@@ -116,14 +124,14 @@ def _marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> str:
 def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train: list[EncodedChat],
+    train: Dataset,
     settings: SftSection,
     size: int,
     passes: int,
     seed: int,
     directory: Path,
 ) -> float:
-    """Trains the model in place; returns the seconds that it took."""
+    """Trains the model in place on the rows in their order; returns the seconds that it took."""
     arguments = SFTConfig(
         **trainer_arguments(
             output=directory / "trainer",
@@ -145,14 +153,7 @@ def _train(
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=_dataset(train).select(
-            training_order(
-                [len(chat.ids) for chat in train],
-                settings.dialogues_per_step,
-                settings.steps,
-                derive_seed(seed, "sft", "order"),
-            )
-        ),
+        train_dataset=train,
         processing_class=tokenizer,
         callbacks=[ShowProgress("sft", settings.steps, MetricsLog(directory / "metrics.jsonl"), figures)],
     )
