@@ -366,10 +366,7 @@ def find_recipe(name_or_path: str) -> Path:
         raise RecipeError(f"{path} is a directory, not a recipe file")
     if not path.exists():
         names = [p.stem for p in shipped_recipes()]
-        raise RecipeError(
-            f"no recipe file {path}, and none of the shipped recipes has that name ({', '.join(names)})"
-            + _nearest(name_or_path, names)
-        )
+        raise RecipeError(f"no recipe file {path}, and no shipped recipe has that name" + _nearest(name_or_path, names))
     return path
 
 

@@ -49,6 +49,7 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
         ("stages=[ppo]", ["`base` names the model to begin with"]),
         ("pretrain=null", ["pretrain", "no section"]),
         ("name=../x", ["name", "letters, digits"]),
+        ("name=!!python/object/apply:os.system [ls]", ["name", "not a YAML value"]),
         ("name=a/b", ["name", "letters, digits"]),
         ("seed", ["expected key=value"]),
         ("=3", ["expected key=value"]),
