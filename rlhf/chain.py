@@ -135,6 +135,7 @@ def run_chain(
     run = RunDir.of(recipe, runs_dir)
     if len(wanted) == 1:
         check_upstream(recipe, wanted[0], run, recipe_name)
+    run.create()
     run.write_recipe(recipe)
     redone = 0
     for number, stage in enumerate(wanted, 1):

@@ -120,15 +120,18 @@ class RunDir:
 
     @classmethod
     def of(cls, recipe: Recipe, runs_dir: Path) -> "RunDir":
-        """The run's directory below `runs_dir`. Raises UserError if it would lie elsewhere or can't be made."""
+        """The run's directory below `runs_dir`, which need not exist. Raises UserError if it would lie elsewhere."""
         path = runs_dir / recipe.name
         if path.is_symlink() and runs_dir.resolve() not in path.resolve().parents:
             raise UserError(f"{path} is a link that leads out of {runs_dir}")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the run's directory {path} can't be made: {error.strerror}") from None
         return cls(path)
+
+    def create(self) -> None:
+        """Makes the directory where it isn't there yet. Raises UserError if it can't be made."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run's directory {self.path} can't be made: {error.strerror}") from None
 
     def stage(self, name: str) -> StageDir:
         """The directory of one stage (it need not exist)."""

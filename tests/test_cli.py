@@ -85,4 +85,5 @@ def test_a_stage_out_of_order_names_the_command_that_makes_its_input(tmp_path: P
     done = rlhf("run", "ppo", "--recipe", "quickstart", "--runs-dir", str(tmp_path / "runs"))
     assert done.returncode == 2
     assert "rlhf run sft --recipe quickstart" in done.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
     assert "Traceback" not in done.stderr
