@@ -1,4 +1,4 @@
-"""The chain: which stages a command runs, what each stands on, and the process that each one gets.
+"""The chain: which stages a command runs, and what each stands on.
 
 A stage is *done* when it is complete and was made from what the recipe says now; *stale* when it was made from
 something else; *interrupted* when it was begun and not completed. Decided by the recipe's fields that change the
@@ -6,11 +6,9 @@ result, the seed, the digests of the input files, and the digests of the models 
 Imports nothing heavy: the parent only decides, starts and waits.
 """
 
-import os
 import platform
-import signal
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +18,8 @@ from pydantic import BaseModel
 
 import rlhf
 from rlhf.data.files import source_files
-from rlhf.errors import MissingInput, StageFailed, UserError
+from rlhf.errors import MissingInput, UserError
+from rlhf.launch import run_processes
 from rlhf.recipe import Recipe, Source, StageName, needs_base, result_fields, upstream
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, write_json
 
@@ -90,16 +89,14 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
     directory = run.stage(stage)
     if not directory.path.exists():
         return State("missing")
-    if directory.summary() is None:
-        return State("interrupted", "it was begun and not completed")
     for name in upstream(recipe, stage):
         if run.stage(name).summary() is None:
             return State("stale", f"the stage {name} that it stands on is gone")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     if changed:
-        return State("stale", _describe_changes(changed, was, now))
-    return State("done")
+        return State("stale", _describe_changes(changed, was, now) if was else "it was never really begun")
+    return State("done") if directory.summary() is not None else State("interrupted")
 
 
 def _jsonable(value: Any) -> Any:
@@ -125,38 +122,67 @@ def _describe_changes(changed: list[str], was: dict[str, Any], now: dict[str, An
 
 
 def run_chain(
-    recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, *, fresh: bool, command: str, recipe_name: str
+    recipe: Recipe,
+    wanted: tuple[StageName, ...],
+    runs_dir: Path,
+    *,
+    fresh: bool,
+    processes: int,
+    command: str,
+    recipe_name: str,
 ) -> None:
-    """Runs the wanted stages in order, each in a process of its own; skips what is done, redoes what is stale.
+    """Runs the wanted stages in order; skips what is done, goes on with what was interrupted, redoes what is stale.
 
-    Raises UserError for what the user must mend, StageFailed where a stage ended without finishing.
+    Raises UserError for what the user must mend, StageFailed where a stage ended without finishing, Interrupted where
+    it was asked to stop.
     """
     check_inputs(recipe, wanted)
     run = RunDir.of(recipe, runs_dir)
     if len(wanted) == 1:
         check_upstream(recipe, wanted[0], run, recipe_name)
     run.create()
-    run.write_recipe(recipe)
-    redone = 0
-    for number, stage in enumerate(wanted, 1):
-        directory = run.stage(stage)
-        state = state_of(recipe, stage, run)
-        label = f"[{number}/{len(wanted)}] {stage}"
-        if state.name == "done" and not fresh:
-            print(f"{label}: done, skipped", flush=True)
-            continue
-        if directory.path.exists():
-            why = state.why or "--fresh"
-            aside = directory.move_aside()
-            print(f"{label}: redone, since {why} (the old one is now {aside.name})", flush=True)
-        else:
-            print(f"{label}: starts", flush=True)
-        redone += 1
-        begin_stage(recipe, stage, run, command)
-        _run_in_process(stage, run, recipe)
-        run.write_summary()
-    if redone == 0:
+    with run.lock():
+        run.write_recipe(recipe)
+        todo = 0
+        for number, stage in enumerate(wanted, 1):
+            label = f"[{number}/{len(wanted)}] {stage}"
+            if prepare(recipe, stage, run, fresh=fresh, command=command, recipe_name=recipe_name, label=label):
+                todo += 1
+                run_processes(recipe, stage, run, processes)
+                run.write_summary()
+    if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
+
+
+def prepare(
+    recipe: Recipe, stage: StageName, run: RunDir, *, fresh: bool, command: str, recipe_name: str, label: str = ""
+) -> bool:
+    """Whether a stage is to be run; says why, moves aside what is stale, and makes the directory of what begins."""
+    check_upstream(recipe, stage, run, recipe_name)
+    directory, state, label = run.stage(stage), state_of(recipe, stage, run), label or stage
+    if state.name in ("done", "interrupted") and not fresh:
+        changes = _other_versions(directory)
+        if changes:
+            print(f"{label}: begun with other versions ({changes})", flush=True)
+    if state.name == "done" and not fresh:
+        print(f"{label}: done, skipped", flush=True)
+        return False
+    if state.name == "interrupted" and not fresh:
+        print(f"{label}: was interrupted, goes on", flush=True)
+        return True
+    if directory.path.exists():
+        why = "--fresh" if fresh else state.why
+        aside = directory.move_aside()
+        print(f"{label}: redone, since {why} (the old one is now {aside.name})", flush=True)
+    else:
+        print(f"{label}: starts", flush=True)
+    begin_stage(recipe, stage, run, command)
+    return True
+
+
+def _other_versions(directory: StageDir) -> str:
+    was, now = directory.manifest().get("versions", {}), _versions()
+    return ", ".join(f"{name} {was[name]}, now {now.get(name)}" for name in was if was[name] != now.get(name))
 
 
 def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...]) -> None:
@@ -200,9 +226,11 @@ def check_upstream(recipe: Recipe, stage: StageName, run: RunDir, recipe_name: s
 def begin_stage(recipe: Recipe, stage: StageName, run: RunDir, command: str) -> None:
     """Makes the stage's directory and writes down what goes in."""
     directory = run.stage(stage)
-    directory.path.mkdir()
+    beginning = StageDir(run.path / f".{stage}.beginning")
+    shutil.rmtree(beginning.path, ignore_errors=True)
+    beginning.path.mkdir()
     write_json(
-        directory.manifest_file,
+        beginning.manifest_file,
         {
             "stage": stage,
             "inputs": _jsonable(stage_inputs(recipe, stage, run)),
@@ -211,6 +239,7 @@ def begin_stage(recipe: Recipe, stage: StageName, run: RunDir, command: str) -> 
             "command": command,
         },
     )
+    beginning.path.rename(directory.path)
 
 
 def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
@@ -218,51 +247,6 @@ def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
     output = digest_folder(directory.model) if directory.model.is_dir() else ""
     write_json(directory.manifest_file, {**directory.manifest(), "output": output})
     write_json(directory.summary_file, summary)
-
-
-def _run_in_process(stage: StageName, run: RunDir, recipe: Recipe) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf.worker", stage, str(run.path)], env=_environment(recipe), stdin=subprocess.DEVNULL
-    )
-
-    def forward(number: int, _: object) -> None:
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if code == 130 or code in (-signal.SIGINT, -signal.SIGTERM):
-        raise KeyboardInterrupt
-    if code == UserError.exit_code:
-        raise SystemExit(code)  # the stage has said what is wrong
-    if code != 0:
-        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        raise StageFailed(f"the stage {stage} {how}")
-
-
-def _environment(recipe: Recipe) -> dict[str, str]:
-    """The stage's environment, which must be set before torch is imported.
-
-    Threads: an idle OpenMP thread spins for some microseconds and then sleeps. Spinning without end stalls two threads
-    on two shared cores; sleeping at once halves the speed of a small model.
-    Memory: glibc keeps what is freed for the next step; giving it back costs a third of a small model's time.
-    """
-    threads = str(recipe.threads or len(os.sched_getaffinity(0)))
-    return {
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**36),
-        "MALLOC_TOP_PAD_": str(2**27),
-        **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "20000",
-        "TOKENIZERS_PARALLELISM": "true",
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.errors import StageFailed
-from rlhf.rundir import digest_file, sync_folder
+from rlhf.rundir import digest_file, no_room, sync_folder
 from rlhf.runtime import log
 
 SEAL = "checkpoint.json"
@@ -59,9 +59,9 @@ class Checkpoints:
 
     def begin(self, step: int) -> Path:
         """An empty folder for a checkpoint of this step. Raises StageFailed where the disk has no room for it."""
-        self._check_room()
         for left in self._folder.glob("*.partial"):
             shutil.rmtree(left)
+        self._check_room()
         path = self._folder / f"step-{step}.partial"
         path.mkdir(parents=True)
         return path
@@ -109,15 +109,6 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if sizes and free < sizes[0] + SPARE_BYTES:
             raise StageFailed(no_room(self._folder, free, sizes[0] + SPARE_BYTES))
-
-
-def no_room(folder: Path, free: int | None = None, needed: int | None = None) -> str:
-    """What to say when the disk is full."""
-    figures = f" ({free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed)" if free and needed else ""
-    return (
-        f"no room for a checkpoint in {folder}{figures}; the last one is untouched: free some space and give the same "
-        "command again, and the run goes on from there"
-    )
 
 
 def _read(path: Path) -> tuple[str, Checkpoint | None]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf import __version__
-from rlhf.errors import RlhfError, UserError
+from rlhf.errors import Interrupted, RlhfError, UserError
 
 app = typer.Typer(
     name="rlhf",
@@ -47,10 +47,14 @@ def run(
     recipe: RecipeOption = "",
     runs_dir: RunsDirOption = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="run again what is done; the old is moved aside")] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, max=1024, help="processes of a stage that trains, on this machine")
+    ] = 1,
 ) -> None:
     """Runs one stage of a recipe, or all that are not done.
 
-    A finished stage that still matches the recipe is skipped. A stale one is moved aside and redone.
+    A finished stage that still matches the recipe is skipped, an interrupted one goes on from its last checkpoint, and
+    a stale one is moved aside and redone.
     """
     from rlhf import chain
     from rlhf.recipe import STAGES, load_recipe
@@ -64,9 +68,22 @@ def run(
     if not wanted:
         raise UserError(f"the recipe {recipe} has no stage {stage}; its stages are: {' '.join(settings.stages)}")
     command = "rlhf " + " ".join(sys.argv[1:])
-    if "LOCAL_RANK" in os.environ:
-        raise UserError("rlhf starts the processes of its stages itself; run it without a launcher")
-    chain.run_chain(settings, tuple(wanted), runs_dir, fresh=fresh, command=command, recipe_name=recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if len(wanted) > 1:
+            raise UserError(f"under a launcher one stage runs at a time: rlhf run {wanted[0]}, then the next")
+        from rlhf.worker import leave, run_under_launcher
+
+        code = run_under_launcher(settings, wanted[0], runs_dir, fresh=fresh, command=command, recipe_name=recipe)
+        leave(code)
+    chain.run_chain(
+        settings,
+        tuple(wanted),
+        runs_dir,
+        fresh=fresh,
+        processes=processes,
+        command=command,
+        recipe_name=recipe,
+    )
 
 
 @app.command()
@@ -148,6 +165,9 @@ def main() -> int:
     """The entry point: runs the command, turns what rlhf raises on purpose into one message and an exit code."""
     try:
         app(standalone_mode=True)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except RlhfError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

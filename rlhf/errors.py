@@ -5,7 +5,8 @@ RlhfError
 │   ├── RecipeError      a recipe or an override: which file, which key, what was expected
 │   ├── DataError        a data file: which file, which line, what is wrong with it
 │   └── MissingInput     something that a command needs is not there: what makes it
-└── StageFailed          a stage ended without finishing; exit code 1
+├── StageFailed          a stage ended without finishing; exit code 1
+└── Interrupted          a stage was asked to stop, and has written a checkpoint; exit code 130
 """
 
 
@@ -35,3 +36,9 @@ class MissingInput(UserError):
 
 class StageFailed(RlhfError):
     """A stage ended without finishing."""
+
+
+class Interrupted(RlhfError):
+    """A stage was asked to stop, and has written a checkpoint."""
+
+    exit_code = 130

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.functional.masked import widened
-from rlhf.rundir import write_atomically
+from rlhf.rundir import sync_folder, write_atomically
 from rlhf.tokenizer import token_info
 
 LOCAL_QUERY_GAIN = 0.1  # with queries this small, a local layer's attention is nearly uniform at the start
@@ -230,7 +230,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     for path in _files(temporary):
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    if directory.exists():  # left by a run that was killed before its stage was complete
+        shutil.rmtree(directory)
     temporary.replace(directory)
+    sync_folder(directory.parent)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -235,6 +235,14 @@ class PpoSection(Section):
         return self
 
 
+class CheckpointSection(Section):
+    """When a stage that trains writes a checkpoint; it always writes one when it is interrupted, and at its end."""
+
+    every_minutes: float = Field(5.0, gt=0, le=1e6, description="minutes between checkpoints")
+    every_steps: int | None = Field(None, ge=1, description="and after every so many steps (in ppo: updates)")
+    keep: int = Field(2, ge=1, description="how many are kept of each stage, the newest ones")
+
+
 class FewShotSection(Section):
     """In-context accuracy."""
 
@@ -264,6 +272,9 @@ class Recipe(Section):
     takes: str = Field("", description="time and memory", json_schema_extra=_NO_RESULT)
     seed: int = Field(1, ge=0, lt=2**32, description="what every draw of every stage depends on")
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all cores", json_schema_extra=_NO_RESULT)
+    checkpoints: CheckpointSection = Field(
+        default=CheckpointSection(), description="what a killed run goes on from", json_schema_extra=_NO_RESULT
+    )
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = Field(STAGES, description="which stages, in order")
     base: str | None = Field(None, description="directory or hub id of a causal LM, for a chain without pretrain")
     data: DataSection = Field(default=DataSection(), description="how data files are found and read")

@@ -1,14 +1,19 @@
 """The directory of a run: where each stage's model, metrics, summary and manifest are. Imports nothing heavy."""
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.recipe import STAGES, Recipe, dump_recipe
+
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -58,6 +63,22 @@ def digest_folder(folder: Path) -> str:
         if path.is_file() and not path.name.startswith("."):
             whole.update(f"{path.name}\0{digest_file(path)}\n".encode())
     return whole.hexdigest()
+
+
+def no_room(folder: Path, free: int | None = None, needed: int | None = None) -> str:
+    """What to say when the disk is full."""
+    figures = f" ({free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed)" if free and needed else ""
+    return (
+        f"no room on the disk for {folder}{figures}; what was finished, the last checkpoint too, is untouched: free "
+        "some space and give the same command again, and the run goes on from there"
+    )
+
+
+def _pid_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,40 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the run's directory {self.path} can't be made: {error.strerror}") from None
+
+    def holder(self) -> int | None:
+        """The pid of the process that holds the lock, None where nobody does."""
+        try:
+            with (self.path / LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _pid_in(self.path / LOCK)
+        except OSError:
+            return None
+        return None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the directory's lock. Raises UserError, with the holder's pid, where another process has it.
+
+        The system gives the lock back when its holder ends, however it ends.
+        """
+        try:
+            file = (self.path / LOCK).open("a+", encoding="ascii")
+        except OSError as error:
+            raise UserError(f"the run's directory {self.path} can't be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path} is in use by another rlhf run (pid {_pid_in(self.path / LOCK)}); wait until it ends, "
+                    "or give this run another name (name=...)"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
 
     def stage(self, name: str) -> StageDir:
         """The directory of one stage (it need not exist)."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 import zlib
@@ -89,8 +90,9 @@ def format_number(value: float) -> str:
 class Bar:
     """Progress of a loop: a bar with figures and the time left on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total = what, total
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        """`done` of the steps were done before, by a run that was interrupted."""
+        self._what, self._total, self._before = what, total, done
         self._console = Console(highlight=False, soft_wrap=True)
         self._started = self._printed = time.monotonic()
         self._shown = -1
@@ -105,7 +107,7 @@ class Bar:
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
             )
-            self._task = self._rich.add_task(what, total=total, figures="", left="-:--")
+            self._task = self._rich.add_task(what, total=total, completed=done, figures="", left="-:--")
 
     def __enter__(self) -> "Bar":
         if self._rich:
@@ -121,7 +123,7 @@ class Bar:
     def show(self, done: int, **figures: float) -> None:
         """Shows how far the loop is, with the figures that matter."""
         now = time.monotonic()
-        left = format_seconds((now - self._started) / max(done, 1) * (self._total - done))
+        left = format_seconds((now - self._started) / max(done - self._before, 1) * (self._total - done))
         text = "  ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in figures.items())
         if self._rich:
             self._rich.update(self._task, completed=done, figures=text, left=left)
@@ -136,15 +138,39 @@ class Bar:
 class MetricsLog:
     """metrics.jsonl: one object a logged step. Numbers that JSON can't hold become text, so every line parses."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path | None) -> None:
+        """Without a path (on a rank that doesn't write) nothing is kept."""
+        self._file = path.open("ab") if path else None
         self._started = time.monotonic()
 
     def log(self, **values: Any) -> None:
-        """Appends one line, on disk at once."""
+        """Appends one line, in the file at once."""
+        if self._file is None:
+            return
         values["time"] = round(time.monotonic() - self._started, 3)
-        self._file.write(json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False) + "\n")
+        line = json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False) + "\n"
+        self._file.write(line.encode())
         self._file.flush()
+
+    def position(self) -> dict[str, Any]:
+        """Where the file ends now, for a checkpoint; what stands there is on the disk."""
+        if self._file is None:
+            return {"bytes": 0, "time": 0.0}
+        os.fsync(self._file.fileno())
+        return {"bytes": self._file.tell(), "time": time.monotonic() - self._started}
+
+    def cut_back(self, position: dict[str, Any] | None) -> None:
+        """Forgets what was logged after a checkpoint, so that no step stands there twice; None: forgets everything."""
+        if self._file is None:
+            return
+        size = position["bytes"] if position else 0
+        self._file.seek(0, os.SEEK_END)
+        if self._file.tell() < size:
+            log("metrics.jsonl is shorter than it was at the checkpoint: some of its lines are lost")
+            return
+        self._file.truncate(size)
+        self._file.seek(size)
+        self._started = time.monotonic() - (position["time"] if position else 0.0)
 
 
 def _finite(value: Any) -> Any:
@@ -155,23 +181,36 @@ class Meter:
     """Time, CPU time and memory of a stage's process, for its summary."""
 
     def __init__(self) -> None:
-        self._started = datetime.now(UTC)
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._wall = time.monotonic()
+        self._earlier = {"seconds": 0.0, "cpu_seconds": 0.0}
 
-    def summary(self, stage: str, accelerator: "Accelerator | None" = None) -> dict[str, Any]:
-        """The keys that every stage's summary has, `parameters` apart."""
+    def spent(self) -> dict[str, Any]:
+        """When the stage began and what it took until now, earlier runs that were interrupted included."""
+        own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+        return {
+            "seconds": round(self._earlier["seconds"] + time.monotonic() - self._wall, 2),
+            "cpu_seconds": round(self._earlier["cpu_seconds"] + cpu, 2),
+            "started": self._started,
+        }
+
+    def go_on(self, spent: dict[str, Any]) -> None:
+        """Counts what an interrupted run had spent when the checkpoint was written that this one goes on from."""
+        self._earlier = {key: float(spent[key]) for key in self._earlier}
+        self._started = str(spent["started"])
+
+    def summary(self, stage: str, processes: int) -> dict[str, Any]:
+        """The keys that every stage's summary has, `parameters` apart; time and memory are those of rank 0."""
         import torch
 
-        own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-        where = accelerator.device if accelerator else device()
-        memory = own.ru_maxrss / 1024
+        where = device()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         found: dict[str, Any] = {
             "stage": stage,
-            "seconds": round(time.monotonic() - self._wall, 2),
-            "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 2),
-            "started": self._started.isoformat(timespec="seconds"),
+            **self.spent(),
             "device": str(where.type) if where.type == "cpu" else torch.cuda.get_device_name(where),
-            "processes": accelerator.num_processes if accelerator else 1,
+            "processes": processes,
             "threads": torch.get_num_threads(),
             "peak_memory_mib": round(memory, 1),
         }
@@ -198,11 +237,43 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Asks Linux to end this process when its parent ends, so that a killed run leaves nothing running."""
+    """Asks Linux to kill this process when its parent ends, so that a killed run leaves nothing running."""
     if sys.platform == "linux":
         import ctypes
-        import signal
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() == 1:
             sys.exit(1)
+
+
+class Interrupts:
+    """SIGINT and SIGTERM of a stage's process. Where they are deferred, the first one only asks: the training loop
+    writes a checkpoint and leaves. Elsewhere it interrupts at once, and so does a second one everywhere.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferred = False
+
+    def install(self) -> None:
+        """Takes over both signals; only the main thread may."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def _received(self, *_: object) -> None:
+        if self.asked:
+            os._exit(130)
+        self.asked = True
+        if not self._deferred:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, the first signal only sets `asked`; one that nobody has answered interrupts at the end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.asked:
+            raise KeyboardInterrupt

@@ -1,48 +1,173 @@
-"""The process of one stage: `python -m rlhf.worker STAGE RUN_DIR`, started by rlhf.chain.
+"""One process of one stage: `python -m rlhf.worker STAGE RUN_DIR`, started by rlhf.launch, or by a launcher.
 
-It runs the stage with the recipe that the run directory holds, and writes the summary last.
+It runs the stage with the recipe that the run directory holds; rank 0 writes the summary last.
 """
 
+import errno
 import importlib
+import os
 import sys
+import traceback
 from pathlib import Path
 
-from rlhf.chain import finish_stage
-from rlhf.errors import RlhfError
-from rlhf.recipe import Recipe, StageName, load_recipe
-from rlhf.rundir import RunDir
-from rlhf.runtime import Meter, derive_seed, end_with_parent, quiet_libraries, seed_everything
-
-
-def run_stage(recipe: Recipe, stage: StageName, run: RunDir) -> None:
-    """Runs one stage in this process and completes its directory."""
-    meter = Meter()
-    module = importlib.import_module(f"stages.{stage}")
-    with quiet_libraries():
-        seed_everything(derive_seed(recipe.seed, stage))
-        results = module.run(recipe, run)
-    accelerator = results.pop("_accelerator", None)
-    if accelerator is None or accelerator.is_main_process:
-        finish_stage(run.stage(stage), {**meter.summary(stage, accelerator), **results})
-    if accelerator is not None:
-        accelerator.end_training()
+from rlhf.chain import check_inputs, finish_stage, prepare
+from rlhf.errors import Interrupted, RlhfError, UserError
+from rlhf.job import Job
+from rlhf.launch import TRAINING, threads_of
+from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
+from rlhf.rundir import RunDir, no_room
+from rlhf.runtime import Interrupts, Meter, derive_seed, end_with_parent, quiet_libraries, seed_everything
+from rlhf.team import LOST_CONTACT, PeerWatch, Team, announce, join_team, lost_contact, rank_in_environment, rank_log
 
 
 def main() -> int:
-    """Runs the stage that the arguments name; the exit code is that of `rlhf`."""
-    end_with_parent()
+    """Runs the stage that the arguments name, in a process that `rlhf run` has started."""
     stage, run_path = sys.argv[1:]
     run = RunDir(Path(run_path))
+    rank, _ = rank_in_environment()
+    folder = run.stage(stage).path / "ranks"
+    interrupts = _begin_process(rank, folder)
     try:
         recipe = load_recipe(str(run.path / "recipe.yaml"))
-        run_stage(recipe, stage, run)  # type: ignore[arg-type]  # the parent gives a stage's name
+        announce(folder, rank)
+        team = join_team()
     except RlhfError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _say(error)
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return Interrupted.exit_code
+    return run_rank(recipe, stage, run, team, interrupts)  # type: ignore[arg-type]  # the parent gives a stage's name
+
+
+def run_under_launcher(
+    recipe: Recipe, stage: StageName, runs_dir: Path, *, fresh: bool, command: str, recipe_name: str
+) -> int:
+    """Runs one stage in a process that a launcher has started, beside others that do the same; the exit code.
+
+    Rank 0 decides, for all, whether the stage is to be run, and holds the lock of the run's directory.
+    """
+    import torch
+
+    rank, _ = rank_in_environment()
+    run = RunDir.of(recipe, runs_dir)
+    interrupts = _begin_process(rank, None)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads_of(recipe, local))  # launchers set one thread
+    team = join_team()
+    lock = run.lock()
+
+    def decide() -> str:
+        try:
+            check_inputs(recipe, (stage,))
+            run.create()
+            lock.__enter__()
+            run.write_recipe(recipe)
+            return "run" if prepare(recipe, stage, run, fresh=fresh, command=command, recipe_name=recipe_name) else ""
+        except UserError as error:
+            return f"error: {error}"
+
+    decision = team.from_main(decide)
+    try:
+        if decision.startswith("error:"):
+            if team.is_main:
+                print(decision, file=sys.stderr)
+            return UserError.exit_code
+        if not decision:
+            return 0
+        folder = run.stage(stage).path / "ranks"
+        folder.mkdir(exist_ok=True)
+        _redirect(rank, folder)
+        announce(folder, rank)
+        team.check_same("the recipe", dump_recipe(recipe))
+        return run_rank(recipe, stage, run, team, interrupts)
+    finally:
+        if team.is_main and decision == "run":
+            run.write_summary()
+            lock.__exit__(None, None, None)
+
+
+def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrupts: Interrupts) -> int:
+    """Runs one stage as one of its ranks, and completes its directory; the exit code."""
+    meter = Meter()
+    watch = None
+    if team.size > 1:
+        watch = PeerWatch(run.stage(stage).path / "ranks", team)
+        watch.start()
+    try:
+        alone = stage not in TRAINING
+        if not alone or team.is_main:
+            job = Job(recipe, run, stage, Team() if alone else team, None if alone else watch, meter, interrupts)
+            _run_stage(job)
+        team.wait()
+        if watch:
+            watch.end()
+        return 0
+    except RlhfError as error:
+        return _say(error)
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+    except Exception as error:
+        if watch and lost_contact(error):
+            print(f"error: {watch.lost() or 'another rank'} is lost; rank {team.rank} ends too", file=sys.stderr)
+            return LOST_CONTACT
+        if disk_full(error):
+            print(f"error: {no_room(run.stage(stage).path)}", file=sys.stderr)
+            return 1
+        traceback.print_exc()
+        return 1
+
+
+def _run_stage(job: Job) -> None:
+    module = importlib.import_module(f"stages.{job.stage}")
+    with quiet_libraries():
+        seed_everything(derive_seed(job.recipe.seed, job.stage))
+        results = module.run(job)
+    if job.team.is_main:
+        finish_stage(job.directory, {**job.meter.summary(job.stage, job.team.size), **results})
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that the disk is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(seen) for sign in ("No space left", "file write failed", "os error 28")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _begin_process(rank: int, folder: Path | None) -> Interrupts:
+    end_with_parent()
+    if folder:
+        _redirect(rank, folder)
+    interrupts = Interrupts()
+    interrupts.install()
+    return interrupts
+
+
+def _redirect(rank: int, folder: Path) -> None:
+    """Rank 0 speaks to the user; what the others say goes into files."""
+    if rank == 0:
+        return
+    file = os.open(rank_log(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.close(file)
+
+
+def _say(error: RlhfError) -> int:
+    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def leave(code: int) -> None:
+    """Ends the process. With other ranks about, their threads could keep it from ending as usual."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

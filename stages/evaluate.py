@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from evaluation import fewshot, tasks
 from evaluation.perplexity import perplexity, score_documents
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
+from rlhf.job import Job
 from rlhf.model import count_parameters, load_causal_lm
 from rlhf.recipe import EvaluateSection, Recipe, upstream
-from rlhf.rundir import RunDir, write_json
+from rlhf.rundir import write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
+from rlhf.saver import once
 from rlhf.tokenizer import load_tokenizer
 from stages.common import open_data, report_faults
 
 LONGEST_CONTEXT = 2048  # tokens of a window or a few-shot prompt, where the model can hold more
 
 
-def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Measures base, sft and ppo, as far as the recipe has them."""
+    recipe, run = job.recipe, job.run
     models: dict[str, str] = {}
     stood_on = upstream(recipe, "evaluate")
     if "pretrain" in stood_on:
@@ -36,7 +40,11 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     for name in ("sft", "ppo"):
         if name in stood_on:
             models[name] = str(run.stage(name).model)
-    results, parameters = _measure_all(recipe, models)
+
+    def keep(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return once(job, f"figures-{name}", lambda _: measure()).facts
+
+    results, parameters = _measure_all(recipe, models, keep)
     return {"parameters": parameters, "models": results}
 
 
@@ -44,13 +52,19 @@ def evaluate_directories(recipe: Recipe, directories: list[str], output: Path | 
     """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in a file."""
     with quiet_libraries():
         seed_everything(derive_seed(recipe.seed, "evaluate"))
-        results, _ = _measure_all(recipe, {directory: directory for directory in directories})
+        models = {directory: directory for directory in directories}
+        results, _ = _measure_all(recipe, models, lambda _, measure: measure())
     if output:
         write_json(output, {"models": results})
         log(f"written to {output}")
 
 
-def _measure_all(recipe: Recipe, models: dict[str, str]) -> tuple[dict[str, Any], int]:
+def _measure_all(
+    recipe: Recipe,
+    models: dict[str, str],
+    keep: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
+) -> tuple[dict[str, Any], int]:
+    """The figures of every model, and the parameters of the last; `keep` may know a model's figures already."""
     settings = recipe.evaluate
     assert settings is not None
     dataset = open_data(recipe, "evaluate", settings.texts, "texts", "test")
@@ -74,7 +88,8 @@ def _measure_all(recipe: Recipe, models: dict[str, str]) -> tuple[dict[str, Any]
         parameters = count_parameters(model)
         total = len(texts) + sum(len(question.choices) for questions in asked.values() for question in questions)
         with Bar(f"evaluate {name}", total) as bar:
-            results[name] = _measure(model, tokenizer, texts, asked, bar)
+            measure = partial(_measure, model, tokenizer, texts, asked, bar)
+            results[name] = keep(name, measure)
     _print_table(results, settings.fewshot.shots)
     return results, parameters
 

@@ -12,7 +12,9 @@ Where it departs from Schulman et al. 2017 (arXiv:1707.06347), as RLHF does sinc
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +23,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.checkpoint import load_tree
 from rlhf.errors import StageFailed, UserError
 from rlhf.functional import ppo as maths
 from rlhf.functional.intervals import Estimate, mean_estimate
 from rlhf.functional.masked import masked_mean, masked_moments, mean_and_variance, whiten
+from rlhf.job import Job
 from rlhf.judge import Conversation, Judge, RewardModelJudge, score_mean
 from rlhf.model import (
     Critic,
@@ -38,8 +42,9 @@ from rlhf.model import (
 )
 from rlhf.recipe import PpoSection, Recipe
 from rlhf.rollout import CacheEngine, Response, uniforms
-from rlhf.rundir import RunDir
-from rlhf.runtime import Bar, MetricsLog, derive_seed, log, make_accelerator
+from rlhf.runtime import Bar, derive_seed, log, make_accelerator
+from rlhf.saver import Saver, once
+from rlhf.team import Team
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import best_response, gold_reward
 from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer, visible
@@ -62,6 +67,17 @@ class Prompt(NamedTuple):
 
     messages: Messages
     ids: list[int]
+
+
+class Episode(NamedTuple):
+    """A prompt with its response, and what the models say of it; a float for each of the response's tokens."""
+
+    prompt: Prompt
+    response: Response
+    score: float
+    gold: float | None
+    reference: list[float]  # log-probabilities of the reference
+    values: list[float]  # of the critic
 
 
 class Trajectory(NamedTuple):
@@ -87,11 +103,11 @@ class Trajectory(NamedTuple):
         return Trajectory(picked.ids[:, :whole], picked.prompt_lengths, *(field[:, :longest] for field in picked[2:]))
 
 
-def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Optimises the SFT model against the reward model and saves it in ppo/model."""
+    recipe, run, directory = job.recipe, job.run, job.directory
     settings = recipe.ppo
     assert settings is not None
-    directory = run.stage("ppo")
     accelerator = make_accelerator()
     start = starting_model(recipe, run, "ppo")
     tokenizer = load_tokenizer(start)
@@ -99,21 +115,28 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     prompts = _prompts(recipe, settings, tokenizer, "train")
     test = _prompts(recipe, settings, tokenizer, "test")
     minibatch = settings.episodes_per_update // settings.minibatches
-    size, passes = accumulation(minibatch, settings.microbatch_size, 1, "episodes_per_update / minibatches")
+    size, passes = accumulation(minibatch, settings.microbatch_size, job.team.size, "episodes_per_update / minibatches")
     log(
         f"ppo: policy {count_parameters(roles.policy):,} and critic {count_parameters(roles.critic):,} parameters; "
         f"{settings.updates} updates of {settings.episodes_per_update} episodes, {settings.epochs} epochs x "
-        f"{settings.minibatches} minibatches of {minibatch} episodes ({passes} microbatches x {size}); "
+        f"{settings.minibatches} minibatches of {minibatch} episodes ({job.team.size} processes x {passes} "
+        f"microbatches x {size}); "
         f"{len(prompts):,} prompts, {len(test):,} test prompts"
     )
     end_ids = _end_ids(roles.policy, tokenizer)
-    before = _measure(roles, tokenizer, test, settings, recipe.seed, end_ids)
+    measure = partial(_measure, job.team, roles, tokenizer, test, settings, recipe.seed, end_ids)
+    before = Measured.from_facts(once(job, "before", lambda _: measure().facts()).facts)
     log(f"ppo: before: {before.line()}")
-    learner = Learner(recipe.seed, settings, roles, tokenizer, prompts, end_ids, size, accelerator)
-    metrics = MetricsLog(directory.metrics)
-    started = time.monotonic()
-    with Bar("ppo", settings.updates) as bar:
-        for update in range(settings.updates):
+    learner = Learner(job.team, recipe.seed, settings, roles, tokenizer, prompts, end_ids, size, accelerator)
+    metrics = job.metrics()
+    saver = Saver(job, metrics)
+    found = saver.resume()
+    first = 0
+    if found:
+        learner.load(load_tree(found.path, "state"))
+        first = found.step
+    with saver.training(), Bar("ppo", settings.updates, first) as bar:
+        for update in range(first, settings.updates):
             figures = learner.update(update)
             bar.show(
                 update + 1,
@@ -121,8 +144,9 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
             )
             if (update + 1) % settings.log_every == 0:
                 metrics.log(update=update + 1, **figures)
-    seconds = time.monotonic() - started
-    after = _measure(roles, tokenizer, test, settings, recipe.seed, end_ids)
+            saver.after_step(update + 1, settings.updates, learner.state, learner.weights())
+        seconds = saver.seconds()
+    after = measure()
     log(f"ppo: after:  {after.line()}")
     summary = {
         "parameters": count_parameters(roles.policy),
@@ -141,8 +165,9 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "Optimised against a reward model with PPO, starting from the SFT model.",
         card_facts(summary, "parameters", "updates", "score_before", "score_after", "kl", "gold_before", "gold_after"),
     )
-    save_model(roles.policy, tokenizer, directory.model, card)
-    return {**summary, "_accelerator": accelerator}
+    if job.team.is_main:
+        save_model(roles.policy, tokenizer, directory.model, card)
+    return summary
 
 
 # Before the first update
@@ -193,6 +218,7 @@ class Learner:
 
     def __init__(
         self,
+        team: Team,
         seed: int,
         settings: PpoSection,
         roles: Roles,
@@ -204,7 +230,7 @@ class Learner:
     ) -> None:
         self._settings, self._roles, self._tokenizer, self._prompts = settings, roles, tokenizer, prompts
         self._seed, self._end_ids, self._microbatch = seed, end_ids, microbatch
-        self._accelerator = accelerator
+        self._team, self._accelerator = team, accelerator
         policy_optimizer = torch.optim.AdamW(
             roles.policy.parameters(),
             lr=settings.learning_rate,
@@ -223,24 +249,42 @@ class Learner:
             roles.policy, roles.critic, policy_optimizer, critic_optimizer
         )
 
+    def state(self) -> dict[str, Any]:
+        """What the next update depends on."""
+        return {
+            "policy": self._roles.policy.state_dict(),
+            "critic": self._roles.critic.state_dict(),
+            "policy_optimizer": self._policy_optimizer.state_dict(),
+            "critic_optimizer": self._critic_optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self._roles.policy.load_state_dict(state["policy"])
+        self._roles.critic.load_state_dict(state["critic"])
+        self._policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self._critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+    def weights(self) -> nn.Module:
+        """All that is trained, for ranks to compare."""
+        return nn.ModuleList((self._roles.policy, self._roles.critic))
+
     def update(self, number: int) -> dict[str, float]:
-        """One update; returns its figures."""
+        """One update; returns its figures. The ranks share the rollout, then every rank has all episodes."""
         started = time.monotonic()
         chosen = self._choose_prompts(number)
-        responses = self._roll_out(chosen, number)
+        episodes = self._team.share(range(len(chosen)), partial(self._roll_out, number, chosen))
         rolled = time.monotonic()
-        conversations = [_conversation(self._tokenizer, *pair) for pair in zip(chosen, responses, strict=True)]
-        scores = self._roles.judge.scores(conversations)
-        trajectory, figures = self._evaluate(chosen, responses, scores)
+        trajectory, figures = self._evaluate(episodes)
         figures |= self._optimise(trajectory, number)
         seconds = time.monotonic() - started
-        gold = _gold(chosen, conversations)
+        gold = [episode.gold for episode in episodes if episode.gold is not None]
         return {
-            "score": mean_estimate(scores).mean,
+            "score": mean_estimate([episode.score for episode in episodes]).mean,
             **({"gold": mean_estimate(gold).mean} if gold else {}),
             **figures,
-            "response_tokens": float(np.mean([len(response.ids) for response in responses])),
-            "ended": float(np.mean([response.ended for response in responses])),
+            "response_tokens": float(np.mean([len(episode.response.ids) for episode in episodes])),
+            "ended": float(np.mean([episode.response.ended for episode in episodes])),
             "episodes_per_second": len(chosen) / seconds,
             "rollout_seconds": rolled - started,
         }
@@ -259,40 +303,66 @@ class Learner:
             chosen.append(self._prompts[int(orders[epoch][index])])
         return chosen
 
-    def _roll_out(self, chosen: list[Prompt], number: int) -> list[Response]:
-        n = self._settings.episodes_per_update
-        episodes = range(number * n, number * n + len(chosen))
-        draws = uniforms(
-            derive_seed(self._seed, "ppo", "rollout"), number, episodes, self._settings.sampling.max_tokens
-        )
-        return _engine(self._roles.policy, self._tokenizer, self._settings, self._end_ids).generate(
-            [prompt.ids for prompt in chosen], draws
-        )
-
-    def _evaluate(
-        self, chosen: list[Prompt], responses: list[Response], scores: list[float]
-    ) -> tuple[Trajectory, dict[str, float]]:
-        """Reference log-probabilities, values, rewards and advantages of the episodes."""
+    def _roll_out(self, number: int, chosen: list[Prompt], mine: list[int]) -> list[Episode]:
+        """Responses to some of the update's prompts, and what the other models say of them."""
         s = self._settings
-        blank = _pack(chosen, responses, self._tokenizer.pad_token_id, self._roles.policy)
-        reference, values = [], []
-        for part in torch.arange(len(chosen), device=blank.ids.device).split(self._microbatch * 2):
+        prompts = [chosen[index] for index in mine]
+        first = number * s.episodes_per_update
+        draws = uniforms(
+            derive_seed(self._seed, "ppo", "rollout"),
+            number,
+            [first + index for index in mine],
+            s.sampling.max_tokens,
+        )
+        engine = _engine(self._roles.policy, self._tokenizer, s, self._end_ids)
+        responses = engine.generate([prompt.ids for prompt in prompts], draws)
+        conversations = [_conversation(self._tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
+        scores = self._roles.judge.scores(conversations)
+        gold: Sequence[float | None] = _gold(prompts, conversations) or [None] * len(mine)
+        return self._observed(prompts, responses, scores, gold)
+
+    def _observed(
+        self,
+        prompts: list[Prompt],
+        responses: list[Response],
+        scores: Sequence[float],
+        gold: Sequence[float | None],
+    ) -> list[Episode]:
+        """The episodes, with what reference and critic say of them."""
+        blank = _pack(prompts, responses, self._tokenizer.pad_token_id, self._roles.policy)
+        reference: list[list[float]] = []
+        values: list[list[float]] = []
+        for part in torch.arange(len(prompts), device=blank.ids.device).split(self._microbatch * 2):
             rows = blank.rows(part)
-            reference.append(_pad_to(_logprobs_without_gradient(self._roles.reference, rows, s), blank.mask))
-            values.append(_pad_to(_values_without_gradient(self._roles.critic, rows), blank.mask))
+            counts = rows.mask.sum(1).tolist()
+            for found, tensor in (
+                (reference, _logprobs_without_gradient(self._roles.reference, rows, self._settings)),
+                (values, _values_without_gradient(self._roles.critic, rows)),
+            ):
+                found += [row[:count] for row, count in zip(tensor.tolist(), counts, strict=True)]
+        return [Episode(*fields) for fields in zip(prompts, responses, scores, gold, reference, values, strict=True)]
+
+    def _evaluate(self, episodes: list[Episode]) -> tuple[Trajectory, dict[str, float]]:
+        """Rewards and advantages of all episodes of the update, whitened over all of them."""
+        s = self._settings
+        responses = [episode.response for episode in episodes]
+        pad = self._tokenizer.pad_token_id
+        blank = _pack([episode.prompt for episode in episodes], responses, pad, self._roles.policy)
         penalties = [0.0 if response.ended else s.no_end_penalty for response in responses]
+        scores = [episode.score for episode in episodes]
         final_scores = blank.logprobs.new_tensor(scores) - blank.logprobs.new_tensor(penalties)
-        kl = torch.where(blank.mask, blank.logprobs - torch.cat(reference), 0.0)
+        reference = _rows_of([episode.reference for episode in episodes], blank.logprobs)
+        values = _rows_of([episode.values for episode in episodes], blank.logprobs)
+        kl = torch.where(blank.mask, blank.logprobs - reference, 0.0)
         rewards = maths.token_rewards(final_scores, kl, blank.mask, s.kl.coefficient)
-        all_values = torch.where(blank.mask, torch.cat(values), 0.0)
-        found = maths.generalised_advantages(rewards, all_values, blank.mask, s.discount, s.gae_lambda)
-        moments = self._accelerator.reduce(masked_moments(found.advantages, blank.mask), "sum")
+        found = maths.generalised_advantages(rewards, values, blank.mask, s.discount, s.gae_lambda)
+        moments = masked_moments(found.advantages, blank.mask)
         whitened = whiten(found.advantages, blank.mask, *mean_and_variance(moments))
-        trajectory = blank._replace(values=all_values, advantages=whitened, returns=found.returns)
+        trajectory = blank._replace(values=values, advantages=whitened, returns=found.returns)
         return trajectory, {
             "kl": float(kl.sum(1).mean()),
             "reward": float(rewards.sum(1).mean()),
-            "explained_variance": float(maths.explained_variance(all_values, found.returns, blank.mask)),
+            "explained_variance": float(maths.explained_variance(values, found.returns, blank.mask)),
         }
 
     def _optimise(self, trajectory: Trajectory, number: int) -> dict[str, float]:
@@ -331,18 +401,33 @@ class Learner:
             yield from shuffled.split(episodes // self._settings.minibatches)
 
     def _minibatch_gradient(self, trajectory: Trajectory, minibatch: Tensor) -> dict[str, float]:
-        """Adds up the gradient of one minibatch, rows of like length together; divided once, by its real tokens."""
+        """Adds up the gradient of one minibatch, rows of like length together; divided once, by its real tokens.
+
+        Each rank takes every so-manieth episode. Accelerate takes the mean of the ranks' gradients, and the gradient
+        is the sum of their parts: hence the factor.
+        """
         lengths = trajectory.mask[minibatch].sum(1) + trajectory.prompt_lengths[minibatch]
         minibatch = minibatch[lengths.argsort(descending=True, stable=True)]
         tokens = trajectory.mask[minibatch].sum()
+        parts = minibatch[self._team.rank :: self._team.size].split(self._microbatch)
         found: dict[str, float] = {}
-        for part in minibatch.split(self._microbatch):
-            losses = self._losses(trajectory.rows(part))
-            self._accelerator.backward(losses.pop("loss") / tokens)
+        for number, part in enumerate(parts, 1):
+            with self._synchronised(number == len(parts)):
+                losses = self._losses(trajectory.rows(part))
+                self._accelerator.backward(losses.pop("loss") * self._team.size / tokens)
             share = float(trajectory.mask[part].sum() / tokens)
             for name, value in losses.items():
                 found[name] = found.get(name, 0.0) + float(value) * share
-        return found
+        return dict(zip(found, self._team.add(list(found.values())), strict=True))
+
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients cross the processes with the last microbatch of a step only."""
+        with ExitStack() as stack:
+            if not last:
+                stack.enter_context(self._accelerator.no_sync(self._policy))
+                stack.enter_context(self._accelerator.no_sync(self._critic))
+            yield
 
     def _losses(self, rows: Trajectory) -> dict[str, Tensor]:
         """The summed loss of some episodes, and means over their tokens of what to watch."""
@@ -420,8 +505,12 @@ def _values_without_gradient(critic: Critic, rows: Trajectory) -> Tensor:
     return _response_values(critic, rows)
 
 
-def _pad_to(values: Tensor, mask: Tensor) -> Tensor:
-    return nn.functional.pad(values, (0, mask.shape[1] - values.shape[1]))
+def _rows_of(values: list[list[float]], like: Tensor) -> Tensor:
+    """Ragged rows as a tensor of the shape and kind of `like`, zeros behind them."""
+    rows = torch.zeros(like.shape, dtype=like.dtype)
+    for row, found in zip(rows, values, strict=True):
+        row[: len(found)] = torch.tensor(found, dtype=like.dtype)
+    return rows.to(like.device)
 
 
 def _engine(
@@ -452,19 +541,30 @@ class Measured(NamedTuple):
     response_tokens: Estimate
     ended: Estimate
     gold: Estimate | None
-    conversations: list[Conversation]
+    example: str
 
     def line(self) -> str:
         """For the terminal."""
         gold = f", gold {self.gold.mean:.3f}" if self.gold else ""
-        shown = self.conversations[0]
         return (
             f"score {self.score.mean:.3f}{gold}, KL {self.kl.mean:.2f}, {self.response_tokens.mean:.1f} tokens; "
-            f"{visible(shown.prompt[-1]['content'])} -> {visible(shown.response)}"
+            f"{self.example}"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return self._asdict()
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "Measured":
+        """What `facts` gave."""
+        return cls._make(
+            Estimate(*facts[name]) if isinstance(facts[name], list | tuple) else facts[name] for name in cls._fields
         )
 
 
 def _measure(
+    team: Team,
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
     test: list[Prompt],
@@ -473,27 +573,35 @@ def _measure(
     end_ids: list[int],
 ) -> Measured:
     """Samples a response to every test prompt, with the same draws each time, and scores them."""
-    draws = uniforms(derive_seed(seed, "ppo", "test"), 0, range(len(test)), settings.sampling.max_tokens)
-    responses = _engine(roles.policy, tokenizer, settings, end_ids).generate([prompt.ids for prompt in test], draws)
-    conversations = [_conversation(tokenizer, *pair) for pair in zip(test, responses, strict=True)]
-    blank = _pack(test, responses, tokenizer.pad_token_id, roles.policy)
-    kl: list[float] = []
-    for part in torch.arange(len(test), device=blank.ids.device).split(64):
-        rows = blank.rows(part)
-        reference = _logprobs_without_gradient(roles.reference, rows, settings)
-        kl += torch.where(rows.mask, rows.logprobs - reference, 0.0).double().sum(1).tolist()
+    draw_seed = derive_seed(seed, "ppo", "test")
+
+    def answer(mine: list[int]) -> list[tuple[Response, Conversation, float, float]]:
+        prompts = [test[index] for index in mine]
+        draws = uniforms(draw_seed, 0, mine, settings.sampling.max_tokens)
+        responses = _engine(roles.policy, tokenizer, settings, end_ids).generate([p.ids for p in prompts], draws)
+        conversations = [_conversation(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
+        blank = _pack(prompts, responses, tokenizer.pad_token_id, roles.policy)
+        kl: list[float] = []
+        for part in torch.arange(len(mine), device=blank.ids.device).split(64):
+            rows = blank.rows(part)
+            reference = _logprobs_without_gradient(roles.reference, rows, settings)
+            kl += torch.where(rows.mask, rows.logprobs - reference, 0.0).double().sum(1).tolist()
+        return list(zip(responses, conversations, roles.judge.scores(conversations), kl, strict=True))
+
+    responses, conversations, scores, kl = zip(*team.share(range(len(test)), answer), strict=True)
     gold = _gold(test, conversations)
+    first = conversations[0]
     return Measured(
-        mean_estimate(roles.judge.scores(conversations)),
+        mean_estimate(scores),
         mean_estimate(kl),
         mean_estimate([float(len(response.ids)) for response in responses]),
         mean_estimate([float(response.ended) for response in responses]),
         mean_estimate(gold) if gold else None,
-        conversations,
+        f"{visible(first.prompt[-1]['content'])} -> {visible(first.response)}",
     )
 
 
-def _gold(prompts: list[Prompt], conversations: list[Conversation]) -> list[float]:
+def _gold(prompts: Sequence[Prompt], conversations: Sequence[Conversation]) -> list[float]:
     """The gold reward of each response, where the built-in world knows every prompt; else nothing."""
     asked = [prompt.messages[-1]["content"] if len(prompt.messages) == 1 else "" for prompt in prompts]
     if not all(text in questions() for text in asked):

@@ -6,7 +6,9 @@ Documents are packed end to end in a memory-mapped file; the rows that a step re
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,16 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.perplexity import Perplexity, perplexity, score_documents
+from rlhf.checkpoint import load_tree
 from rlhf.data.tokens import PackedTokens, PackStats, pack
 from rlhf.errors import StageFailed
 from rlhf.functional.masked import widened
+from rlhf.job import Job
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups, model_card, save_model
 from rlhf.recipe import PretrainSection, Recipe
-from rlhf.rundir import RunDir, StageDir
-from rlhf.runtime import Bar, MetricsLog, derive_seed, log, make_accelerator
+from rlhf.runtime import Bar, derive_seed, log, make_accelerator
+from rlhf.saver import Saver, once
+from rlhf.team import Team
 from rlhf.tokenizer import begin_id, encode_documents, load_tokenizer, token_info
 from stages.common import accumulation, card_facts, open_data, report_faults
 
@@ -29,31 +34,40 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8
 QUICK_VALIDATION = 100  # documents of the validations on the way; the last one takes all
 
 
-def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Trains the base model and saves it in pretrain/model."""
+    recipe, directory = job.recipe, job.directory
     settings = recipe.pretrain
     assert settings is not None
-    directory = run.stage("pretrain")
     accelerator = make_accelerator()
-    tokenizer = load_tokenizer(run.stage("tokenizer").model)
-    packed, stats = _packed_texts(recipe, settings, directory, tokenizer, accelerator)
+    tokenizer = load_tokenizer(job.run.stage("tokenizer").model)
+    packed, stats = _packed_texts(job, settings, tokenizer)
     validation = list(open_data(recipe, "pretrain", settings.validation, "texts", "validation"))
     model = _new_model(recipe, tokenizer)
 
     steps = math.ceil(settings.tokens / settings.tokens_per_step)
     rows = settings.tokens_per_step // settings.sequence_length
-    size, passes = accumulation(rows, settings.microbatch_size, accelerator.num_processes, "tokens_per_step's rows")
+    size, passes = accumulation(rows, settings.microbatch_size, job.team.size, "tokens_per_step's rows")
     log(
         f"pretrain: {count_parameters(model):,} parameters; {steps:,} steps of {settings.tokens_per_step:,} tokens = "
-        f"{rows} rows of {settings.sequence_length} ({accelerator.num_processes} processes x {passes} microbatches x "
+        f"{rows} rows of {settings.sequence_length} ({job.team.size} processes x {passes} microbatches x "
         f"{size} rows); {stats.documents:,} documents, {stats.tokens:,} tokens, "
         f"{steps * settings.tokens_per_step / stats.tokens:.2f} passes over them"
     )
-    started = time.monotonic()
-    spent_validating = _train(model, tokenizer, packed, validation, settings, steps, size, accelerator, directory)
-    seconds = time.monotonic() - started - spent_validating
+    validate = partial(_validate, job.team, model, tokenizer, recipe.model.context)
+    seconds = _train(
+        job,
+        model,
+        tokenizer,
+        packed,
+        partial(validate, validation[:QUICK_VALIDATION]),
+        settings,
+        steps,
+        size,
+        accelerator,
+    )
 
-    final = _validate(model, tokenizer, validation, recipe.model.context)
+    final = validate(validation)
     summary = {
         "parameters": count_parameters(model),
         "steps": steps,
@@ -65,35 +79,35 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         **_figures(final),
         "rollbacks": [],
     }
-    if accelerator.is_main_process:
+    if job.team.is_main:
         card = model_card(
             f"{recipe.name}: base model",
             "A causal language model trained from random weights on next-token prediction.",
             card_facts(summary, "parameters", "tokens", "validation_nats_per_token", "validation_bits_per_byte"),
         )
         save_model(model, tokenizer, directory.model, card)
-    return {**summary, "_accelerator": accelerator}
+    return summary
 
 
 def _packed_texts(
-    recipe: Recipe,
-    settings: PretrainSection,
-    directory: StageDir,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
+    job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedTokens, PackStats]:
-    """The training texts as one file of token ids, written by the first process of the machine."""
-    path, counts = directory.path / "tokens.bin", directory.path / "tokens.json"
-    if accelerator.is_main_process:
+    """The training texts as one file of token ids, written by the first process."""
+    recipe = job.recipe
+
+    def make(folder: Path) -> dict[str, Any]:
+        if not job.team.is_main:
+            return {}
         dataset = open_data(recipe, "pretrain", settings.train, "texts", "train")
         log("pretrain: packing the training texts")
-        stats = pack(_with_sizes(dataset, tokenizer), path, len(tokenizer))
+        stats = pack(_with_sizes(dataset, tokenizer), folder / "tokens.bin", len(tokenizer))
         report_faults(dataset)
-        counts.write_text(" ".join(map(str, stats)))
-    accelerator.wait_for_everyone()
-    stats = PackStats(*map(int, counts.read_text().split()))
+        return stats._asdict()
+
+    kept = once(job, "texts", make)
     seed = derive_seed(recipe.seed, "pretrain", "order")
-    return PackedTokens(path, len(tokenizer), settings.sequence_length, seed), stats
+    packed = PackedTokens(kept.path / "tokens.bin", len(tokenizer), settings.sequence_length, seed)
+    return packed, PackStats(**kept.facts)
 
 
 def _with_sizes(texts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
@@ -142,34 +156,50 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float, final: f
 
 
 def _train(
+    job: Job,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     packed: PackedTokens,
-    validation: list[str],
+    validate: Callable[[], Perplexity],
     settings: PretrainSection,
     steps: int,
     size: int,
     accelerator: Accelerator,
-    directory: StageDir,
 ) -> float:
-    """The training loop. Returns the seconds that its validations took."""
+    """The training loop. Returns the seconds that it took, its validations apart."""
     optimizer = torch.optim.AdamW(
         decay_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=BETAS, eps=EPSILON
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    metrics = MetricsLog(directory.metrics) if accelerator.is_main_process else None
+    metrics = job.metrics()
+    saver = Saver(job, metrics)
     rows = settings.tokens_per_step // settings.sequence_length
-    mine = rows // accelerator.num_processes
+    mine = rows // job.team.size
     begin = begin_id(tokenizer) if settings.isolate_documents else None
-    spent_validating, losses = 0.0, torch.zeros((), device=accelerator.device)
-    started = time.monotonic()
+    first_step, spent_validating, losses = 0, 0.0, torch.zeros((), device=accelerator.device)
+    found = saver.resume()
+    if found:
+        state = load_tree(found.path, "state")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, spent_validating = found.step, state["seconds_validating"]
+        losses += state["losses"][job.team.rank] if len(state["losses"]) == job.team.size else state["losses"].mean()
+
+    def state_now() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "losses": torch.stack(job.team.gather(losses.cpu())),
+            "seconds_validating": spent_validating,
+        }
+
     wrapped.train()
-    with Bar("pretrain", steps) as bar:
-        for step in range(steps):
+    with saver.training(), Bar("pretrain", steps, first_step) as bar:
+        for step in range(first_step, steps):
             rate = learning_rate_at(step, steps, settings.learning_rate, settings.warmup, settings.final_learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            first = step * rows + accelerator.process_index * mine
+            first = step * rows + job.team.rank * mine
             loss = _step_gradient(wrapped, packed, range(first, first + mine), size, begin, accelerator)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.gradient_clipping)
             optimizer.step()
@@ -183,19 +213,17 @@ def _train(
                 losses.zero_()
                 if not math.isfinite(mean):
                     raise StageFailed(f"pretrain: the loss is {mean} at step {done}; try a smaller learning_rate")
-                speed = done * settings.tokens_per_step / (time.monotonic() - started - spent_validating)
-                if metrics:
-                    metrics.log(
-                        step=done, loss=mean, learning_rate=rate, gradient_norm=float(norm), tokens_per_second=speed
-                    )
+                speed = done * settings.tokens_per_step / (saver.seconds() - spent_validating)
+                metrics.log(
+                    step=done, loss=mean, learning_rate=rate, gradient_norm=float(norm), tokens_per_second=speed
+                )
                 bar.show(done, loss=mean, tokens_a_second=speed)
             if done % settings.validate_every == 0 and done < steps:
                 before = time.monotonic()
-                found = _validate(model, tokenizer, validation[:QUICK_VALIDATION], model.config.max_position_embeddings)
-                if metrics:
-                    metrics.log(step=done, **_figures(found))
+                metrics.log(step=done, **_figures(validate()))
                 spent_validating += time.monotonic() - before
-    return spent_validating
+            saver.after_step(done, steps, state_now, model)
+        return saver.seconds() - spent_validating
 
 
 def _step_gradient(
@@ -240,9 +268,12 @@ def _synchronised(model: torch.nn.Module, accelerator: Accelerator, last: bool) 
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def _validate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], context: int) -> Perplexity:
+def _validate(
+    team: Team, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, texts: list[str]
+) -> Perplexity:
+    """Perplexity on the texts, which the ranks share among them."""
     model.eval()
-    scores = score_documents(model, tokenizer, texts, context=context)
+    scores = team.share(texts, lambda mine: score_documents(model, tokenizer, mine, context=context))
     model.train()
     return perplexity(scores)
 

@@ -21,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf.data.rows import Comparison
 from rlhf.errors import DataError, UserError
 from rlhf.functional.intervals import mean_estimate, proportion_estimate
+from rlhf.job import Job
 from rlhf.judge import raw_scores, score_mean
 from rlhf.model import (
     count_parameters,
@@ -31,16 +32,18 @@ from rlhf.model import (
     scale_last_norm,
     use_special_tokens,
 )
-from rlhf.recipe import CollectSection, Recipe, RewardSection
+from rlhf.recipe import CollectSection, RewardSection
 from rlhf.rollout import CacheEngine, uniforms
-from rlhf.rundir import RunDir
-from rlhf.runtime import Bar, MetricsLog, derive_seed, log
+from rlhf.rundir import write_atomically
+from rlhf.runtime import Bar, derive_seed, log
+from rlhf.saver import once
+from rlhf.team import Team
 from rlhf.tinyworld.dialogues import shuffled_prompts
 from rlhf.tinyworld.oracle import gold_reward, prefers_first
 from rlhf.tinyworld.words import Draw
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer
 from stages.common import accumulation, card_facts, open_data, report_faults, starting_model, training_order
-from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
+from stages.trl_glue import run_trainer, trainer_arguments
 
 
 class Pair(NamedTuple):
@@ -51,25 +54,26 @@ class Pair(NamedTuple):
     rejected_ids: list[int]
 
 
-def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Trains the reward model and saves it in reward/model."""
+    recipe, run, directory = job.recipe, job.run, job.directory
     settings = recipe.reward
     assert settings is not None
-    directory = run.stage("reward")
     start = starting_model(recipe, run, "reward")
     tokenizer = load_tokenizer(start)
     if not tokenizer.chat_template:
         raise UserError(f"{start} has no chat template; run the stage sft first, or name a chat model as base")
-    train, test = _comparisons(recipe, settings, tokenizer, start, directory.path)
+    train, test = _comparisons(job, settings, tokenizer, start)
 
     trained: dict[str, Any] = {}
     if settings.from_:
         model = load_scorer(settings.from_)
         _check_same_tokenizer(settings.from_, tokenizer)
     else:
-        model, trained = _trained(recipe, settings, start, tokenizer, train, directory.path)
-        _normalise(model, train)
-    summary = {"parameters": count_parameters(model), **trained, **_measure(model, test, settings.gold_margin)}
+        model, trained = _trained(job, settings, start, tokenizer, train)
+        _normalise(job.team, model, train)
+    measured = _measure(job.team, model, test, settings.gold_margin)
+    summary = {"parameters": count_parameters(model), **trained, **measured}
     log(
         f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']} held-out pairs; "
         f"'longer wins' has {summary['length_baseline_accuracy']:.3f}"
@@ -80,7 +84,8 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "Scores a conversation at its last token. Subtract `score_mean` of config.json from the output.",
         card_facts(summary, "parameters", "pairs_train", "accuracy", "length_baseline_accuracy", "gold_accuracy"),
     )
-    save_model(model, tokenizer, directory.model, card)
+    if job.team.is_main:
+        save_model(model, tokenizer, directory.model, card)
     return summary
 
 
@@ -88,7 +93,7 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
 
 
 def _comparisons(
-    recipe: Recipe, settings: RewardSection, tokenizer: PreTrainedTokenizerBase, start: str, directory: Path
+    job: Job, settings: RewardSection, tokenizer: PreTrainedTokenizerBase, start: str
 ) -> tuple[list[Pair], list[Pair]]:
     """The comparisons to learn from and to measure on, none longer than the recipe allows."""
     parts: list[list[Pair]] = [[], []]
@@ -97,11 +102,12 @@ def _comparisons(
         for part, split, prompts in zip(
             parts, ("train", "test"), (settings.collect.train_prompts, settings.collect.test_prompts), strict=True
         ):
-            part += _collect(recipe, settings.collect, model, tokenizer, split, prompts)
-            _save_comparisons(part, directory / f"comparisons.{split}.jsonl")
+            part += _collect(job, settings.collect, model, tokenizer, split, prompts)
+            if job.team.is_main:
+                _save_comparisons(part, job.directory.path / f"comparisons.{split}.jsonl")
     for part, sources in zip(parts, (settings.train, settings.test), strict=True):
         if sources:
-            dataset = open_data(recipe, "reward", sources, "comparisons", "train")
+            dataset = open_data(job.recipe, "reward", sources, "comparisons", "train")
             part += [_tokenised(tokenizer, comparison) for comparison in dataset]
             report_faults(dataset)
     for name, part in zip(("train", "test"), parts, strict=True):
@@ -118,7 +124,7 @@ def _comparisons(
 
 
 def _collect(
-    recipe: Recipe,
+    job: Job,
     settings: CollectSection,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,23 +132,13 @@ def _collect(
     n_prompts: int,
 ) -> list[Pair]:
     """Samples responses and has every two different ones of a prompt compared by a simulated labeller."""
-    seed = derive_seed(recipe.seed, "reward", split)
+    seed = derive_seed(job.recipe.seed, "reward", split)
     prompts = shuffled_prompts(split, seed, n_prompts)
     each = settings.responses_per_prompt
     asked = [prompt for prompt in prompts for _ in range(each)]
     prompt_ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in asked]
-    with Bar(f"reward: sampling {split}", len(asked)) as bar:
-        engine = CacheEngine(
-            model,
-            end_ids=[tokenizer.eos_token_id],
-            pad_id=tokenizer.pad_token_id,
-            max_tokens=settings.sampling.max_tokens,
-            temperature=settings.sampling.temperature,
-            progress=bar.show,
-        )
-        draws = uniforms(seed, 0, range(len(asked)), settings.sampling.max_tokens)
-        responses = engine.generate(prompt_ids, draws)
-    texts = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in responses]
+    responses = _sampled(job, settings, model, tokenizer, split, prompt_ids, seed)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     labeller = Draw("labeller", seed)
     pairs = []
     for group in range(0, len(asked), each):
@@ -159,10 +155,44 @@ def _collect(
                 gold_reward(asked[a], texts[worse]),
                 "tinyworld",
             )
-            pairs.append(
-                Pair(comparison, prompt_ids[better] + responses[better].ids, prompt_ids[worse] + responses[worse].ids)
-            )
+            pairs.append(Pair(comparison, prompt_ids[better] + responses[better], prompt_ids[worse] + responses[worse]))
     return pairs
+
+
+def _sampled(
+    job: Job,
+    settings: CollectSection,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    prompt_ids: list[list[int]],
+    seed: int,
+) -> list[list[int]]:
+    """A response to each of the prompts, as token ids with the end token."""
+
+    def draw(folder: Path) -> dict[str, Any]:
+        with Bar(f"reward: sampling {split}", len(prompt_ids)) as bar:
+            engine = CacheEngine(
+                model,
+                end_ids=[tokenizer.eos_token_id],
+                pad_id=tokenizer.pad_token_id,
+                max_tokens=settings.sampling.max_tokens,
+                temperature=settings.sampling.temperature,
+                progress=lambda done: bar.show(min(done * job.team.size, len(prompt_ids))),
+            )
+            responses = job.team.share(
+                range(len(prompt_ids)),
+                lambda mine: engine.generate(
+                    [prompt_ids[index] for index in mine], uniforms(seed, 0, mine, settings.sampling.max_tokens)
+                ),
+            )
+        if job.team.is_main:
+            write_atomically(folder / "responses.json", json.dumps([response.ids for response in responses]))
+        return {"responses": len(responses)}
+
+    kept = once(job, f"responses-{split}", draw)
+    found: list[list[int]] = json.loads((kept.path / "responses.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _save_comparisons(pairs: list[Pair], path: Path) -> None:
@@ -193,27 +223,23 @@ def _check_same_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _trained(
-    recipe: Recipe,
-    settings: RewardSection,
-    start: str,
-    tokenizer: PreTrainedTokenizerBase,
-    train: list[Pair],
-    directory: Path,
+    job: Job, settings: RewardSection, start: str, tokenizer: PreTrainedTokenizerBase, train: list[Pair]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    torch.manual_seed(derive_seed(recipe.seed, "reward", "head"))
+    seed = job.recipe.seed
+    torch.manual_seed(derive_seed(seed, "reward", "head"))
     model = load_scorer(start, fresh_head=True)
     scale_last_norm(model)
     use_special_tokens(model, tokenizer)
-    size, passes = accumulation(settings.pairs_per_step, settings.microbatch_size, 1, "pairs_per_step")
+    size, passes = accumulation(settings.pairs_per_step, settings.microbatch_size, job.team.size, "pairs_per_step")
     steps = max(1, round(settings.epochs * len(train) / settings.pairs_per_step))
     log(
         f"reward: {count_parameters(model):,} parameters; {len(train):,} pairs, {settings.epochs} epochs = {steps} "
-        f"steps of {settings.pairs_per_step} pairs ({passes} microbatches x {size})"
+        f"steps of {settings.pairs_per_step} pairs ({job.team.size} processes x {passes} microbatches x {size})"
     )
     arguments = RewardConfig(
         **trainer_arguments(
-            output=directory / "trainer",
-            seed=recipe.seed,
+            output=job.directory.path,
+            seed=seed,
             stage="reward",
             steps=steps,
             size=size,
@@ -222,7 +248,6 @@ def _trained(
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             gradient_clipping=settings.gradient_clipping,
-            log_every=settings.log_every,
         ),
         max_length=None,
     )
@@ -234,32 +259,27 @@ def _trained(
         "grad_norm": "gradient_norm",
     }
     lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in train]
-    order = training_order(lengths, settings.pairs_per_step, steps, derive_seed(recipe.seed, "reward", "order"))
+    order = training_order(lengths, settings.pairs_per_step, steps, derive_seed(seed, "reward", "order"))
     dataset = Dataset.from_dict(
         {"chosen_ids": [pair.chosen_ids for pair in train], "rejected_ids": [pair.rejected_ids for pair in train]}
     ).select(order)
-    trainer = RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[ShowProgress("reward", steps, MetricsLog(directory / "metrics.jsonl"), figures)],
-    )
-    without_printing(trainer).train()
+    trainer = RewardTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    run_trainer(trainer, job, steps, figures, settings.log_every)
     model.eval()
     return model, {"steps": steps, "pairs_train": len(train)}
 
 
-def _scored(model: PreTrainedModel, pairs: list[Pair]) -> dict[tuple[int, ...], float]:
+def _scored(team: Team, model: PreTrainedModel, pairs: list[Pair]) -> dict[tuple[int, ...], float]:
     """The raw score of every response that is compared, each scored once however often it is."""
     distinct = sorted({tuple(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)})
-    return dict(zip(distinct, raw_scores(model, [list(ids) for ids in distinct]), strict=True))
+    scores = team.share(distinct, lambda mine: raw_scores(model, [list(ids) for ids in mine]))
+    return dict(zip(distinct, scores, strict=True))
 
 
 @torch.no_grad()
-def _normalise(model: PreTrainedModel, train: list[Pair]) -> None:
+def _normalise(team: Team, model: PreTrainedModel, train: list[Pair]) -> None:
     """Gives the scores of the compared responses mean 0 and variance 1."""
-    scores = list(_scored(model, train).values())
+    scores = list(_scored(team, model, train).values())
     scale = pstdev(scores)
     if scale < 1e-6:
         raise UserError("the reward model gives every response the same score: nothing was learned from the pairs")
@@ -270,10 +290,10 @@ def _normalise(model: PreTrainedModel, train: list[Pair]) -> None:
 # Measuring
 
 
-def _measure(model: PreTrainedModel, test: list[Pair], gold_margin: float) -> dict[str, Any]:
+def _measure(team: Team, model: PreTrainedModel, test: list[Pair], gold_margin: float) -> dict[str, Any]:
     """Accuracy on held-out comparisons, beside what the length alone would give, and on gold where it is known."""
     mean = score_mean(model)
-    score_of = _scored(model, test)
+    score_of = _scored(team, model, test)
     scores = [score_of[tuple(ids)] for pair in test for ids in (pair.chosen_ids, pair.rejected_ids)]
     right = [a > b for a, b in zip(scores[::2], scores[1::2], strict=True)]
     longer = [_longer_wins(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in test]

@@ -4,8 +4,6 @@ Conversations are tokenised by us, segment by segment, so that text which looks 
 trainer gets ids and labels. Fixes the chat template, the pad token and the end token for every later stage.
 """
 
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.errors import DataError
 from rlhf.functional.intervals import proportion_estimate, ratio_estimate
+from rlhf.job import Job
 from rlhf.model import (
     count_parameters,
     disable_dropout,
@@ -26,20 +25,20 @@ from rlhf.model import (
 )
 from rlhf.recipe import Recipe, SftSection
 from rlhf.rollout import CacheEngine, uniforms
-from rlhf.rundir import RunDir
-from rlhf.runtime import MetricsLog, derive_seed, log
+from rlhf.runtime import derive_seed, log
+from rlhf.team import Team
 from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat, visible
 from stages.common import accumulation, card_facts, open_data, report_faults, starting_model, training_order
-from stages.trl_glue import ShowProgress, trainer_arguments, without_printing
+from stages.trl_glue import run_trainer, trainer_arguments
 
 IGNORED = -100  # the label of a token that is not learned
 
 
-def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Fine-tunes the base model and saves it in sft/model."""
+    recipe, run, directory = job.recipe, job.run, job.directory
     settings = recipe.sft
     assert settings is not None
-    directory = run.stage("sft")
     start = starting_model(recipe, run, "sft")
     tokenizer = load_tokenizer(start)
     added = prepare_for_chat(tokenizer, settings.chat_template)
@@ -50,10 +49,12 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
 
     train, too_long = _encoded(recipe, settings, tokenizer, "train")
     validation, _ = _encoded(recipe, settings, tokenizer, "validation")
-    size, passes = accumulation(settings.dialogues_per_step, settings.microbatch_size, 1, "dialogues_per_step")
+    size, passes = accumulation(
+        settings.dialogues_per_step, settings.microbatch_size, job.team.size, "dialogues_per_step"
+    )
     log(
         f"sft: {count_parameters(model):,} parameters; {settings.steps} steps of {settings.dialogues_per_step} "
-        f"dialogues ({passes} microbatches x {size}); {len(train):,} dialogues, "
+        f"dialogues ({job.team.size} processes x {passes} microbatches x {size}); {len(train):,} dialogues, "
         f"{settings.steps * settings.dialogues_per_step / len(train):.2f} passes; {too_long} too long; "
         f"{added} tokens added to the vocabulary"
     )
@@ -65,9 +66,7 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         settings.steps,
         derive_seed(recipe.seed, "sft", "order"),
     )
-    seconds = _train(
-        model, tokenizer, _dataset(train).select(order), settings, size, passes, recipe.seed, directory.path
-    )
+    seconds = _train(job, model, tokenizer, _dataset(train).select(order), settings, size, passes)
     disable_dropout(model)
     model.eval()
     tokens = sum(len(train[row].ids) for row in order)
@@ -79,15 +78,16 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "dialogues_train": len(train),
         "dialogues_validation": len(validation),
         "dialogues_too_long": too_long,
-        **_validation_loss(model, validation),
-        **_share_ended(recipe, settings, model, tokenizer),
+        **_validation_loss(job.team, model, validation),
+        **_share_ended(job, settings, model, tokenizer),
     }
     card = model_card(
         f"{recipe.name}: chat model (SFT)",
         "Fine-tuned on conversations, the loss on the assistant's turns only.",
         card_facts(summary, "parameters", "steps", "validation_nats_per_token", "responses_ended"),
     )
-    save_model(model, tokenizer, directory.model, card)
+    if job.team.is_main:
+        save_model(model, tokenizer, directory.model, card)
     return summary
 
 
@@ -122,20 +122,19 @@ def _marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> str:
 
 
 def _train(
+    job: Job,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     settings: SftSection,
     size: int,
     passes: int,
-    seed: int,
-    directory: Path,
 ) -> float:
-    """Trains the model in place on the rows in their order; returns the seconds that it took."""
+    """Trains the model in place on the rows in their order; returns the seconds that its steps took."""
     arguments = SFTConfig(
         **trainer_arguments(
-            output=directory / "trainer",
-            seed=seed,
+            output=job.directory.path,
+            seed=job.recipe.seed,
             stage="sft",
             steps=settings.steps,
             size=size,
@@ -144,22 +143,13 @@ def _train(
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             gradient_clipping=settings.gradient_clipping,
-            log_every=settings.log_every,
         ),
         max_length=None,
         packing=False,
     )
     figures = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        processing_class=tokenizer,
-        callbacks=[ShowProgress("sft", settings.steps, MetricsLog(directory / "metrics.jsonl"), figures)],
-    )
-    started = time.monotonic()
-    without_printing(trainer).train()
-    return time.monotonic() - started
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
+    return run_trainer(trainer, job, settings.steps, figures, settings.log_every)
 
 
 def _dataset(chats: list[EncodedChat]) -> Dataset:
@@ -172,27 +162,36 @@ def _dataset(chats: list[EncodedChat]) -> Dataset:
 
 
 @torch.inference_mode()
-def _validation_loss(model: PreTrainedModel, chats: list[EncodedChat], batch: int = 64) -> dict[str, Any]:
+def _validation_loss(team: Team, model: PreTrainedModel, chats: list[EncodedChat], batch: int = 64) -> dict[str, Any]:
     """Nats per trained token over all validation conversations: sums first, one division."""
-    nats, counts = [], []
     pad = model.config.pad_token_id
-    for start in range(0, len(chats), batch):
-        rows = chats[start : start + batch]
-        longest = max(len(chat.ids) for chat in rows)
-        ids = torch.tensor([chat.ids + [pad] * (longest - len(chat.ids)) for chat in rows], device=model.device)
-        mask = torch.tensor([chat.trained + [False] * (longest - len(chat.ids)) for chat in rows], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-        nats += torch.where(mask[:, 1:], -logprobs, 0.0).double().sum(1).tolist()
-        counts += mask[:, 1:].sum(1).double().tolist()
-    return ratio_estimate(nats, counts).as_keys("validation_nats_per_token")
+
+    def nats_and_counts(chats: list[EncodedChat]) -> list[tuple[float, float]]:
+        nats, counts = [], []
+        for start in range(0, len(chats), batch):
+            rows = chats[start : start + batch]
+            longest = max(len(chat.ids) for chat in rows)
+            ids = torch.tensor([chat.ids + [pad] * (longest - len(chat.ids)) for chat in rows], device=model.device)
+            mask = torch.tensor(
+                [chat.trained + [False] * (longest - len(chat.ids)) for chat in rows], device=model.device
+            )
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+            nats += torch.where(mask[:, 1:], -logprobs, 0.0).double().sum(1).tolist()
+            counts += mask[:, 1:].sum(1).double().tolist()
+        return list(zip(nats, counts, strict=True))
+
+    found = team.share(chats, nats_and_counts)
+    return ratio_estimate([nats for nats, _ in found], [count for _, count in found]).as_keys(
+        "validation_nats_per_token"
+    )
 
 
 def _share_ended(
-    recipe: Recipe, settings: SftSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    job: Job, settings: SftSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """The share of sampled responses that stop by themselves, and a few of them for the eye."""
-    dataset = open_data(recipe, "sft", settings.validation, "conversations", "validation")
+    dataset = open_data(job.recipe, "sft", settings.validation, "conversations", "validation")
     prompts: list[Messages] = [messages[:-1] for messages in dataset][: settings.sampled_prompts]
     engine = CacheEngine(
         model,
@@ -201,8 +200,14 @@ def _share_ended(
         max_tokens=settings.sampling.max_tokens,
         temperature=settings.sampling.temperature,
     )
-    draws = uniforms(derive_seed(recipe.seed, "sft", "sampling"), 0, range(len(prompts)), settings.sampling.max_tokens)
-    responses = engine.generate([encode_prompt(tokenizer, prompt) for prompt in prompts], draws)
+    seed = derive_seed(job.recipe.seed, "sft", "sampling")
+    responses = job.team.share(
+        range(len(prompts)),
+        lambda mine: engine.generate(
+            [encode_prompt(tokenizer, prompts[index]) for index in mine],
+            uniforms(seed, 0, mine, settings.sampling.max_tokens),
+        ),
+    )
     for prompt, response in list(zip(prompts, responses, strict=True))[:3]:
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         log(f"sft: {visible(prompt[-1]['content'])} -> {visible(text)}")

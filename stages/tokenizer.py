@@ -7,8 +7,7 @@ from itertools import islice
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.recipe import Recipe
-from rlhf.rundir import RunDir
+from rlhf.job import Job
 from rlhf.runtime import Bar, log
 from rlhf.tokenizer import encode_texts, train_bpe
 from stages.common import open_data, report_faults
@@ -16,8 +15,9 @@ from stages.common import open_data, report_faults
 MEASURED_TEXTS = 2000  # bytes per token are measured on the first so many texts
 
 
-def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Trains the tokenizer and saves it in tokenizer/model."""
+    recipe = job.recipe
     settings = recipe.tokenizer
     assert settings is not None
     dataset = open_data(recipe, "tokenizer", settings.train, "texts", "train")
@@ -41,7 +41,7 @@ def run(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     measured = list(islice(dataset, MEASURED_TEXTS))
     tokens = sum(len(ids) for ids in encode_texts(tokenizer, measured))
     size = sum(len(text.encode()) for text in measured)
-    tokenizer.save_pretrained(run.stage("tokenizer").model)
+    tokenizer.save_pretrained(job.directory.model)
     log(f"tokenizer: {len(tokenizer):,} tokens, {size / tokens:.2f} bytes a token")
     return {
         "vocab_size": len(tokenizer),

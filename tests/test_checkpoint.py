@@ -97,7 +97,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     store = Checkpoints(tmp_path)
     write(store, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10))
-    with pytest.raises(StageFailed, match="no room for a checkpoint"):
+    with pytest.raises(StageFailed, match="no room on the disk"):
         store.begin(2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 

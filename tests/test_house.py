@@ -11,11 +11,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
     {"rlhf.recipe", "rlhf.errors", "rlhf.functional"},
-    {"rlhf.model", "rlhf.tokenizer", "rlhf.runtime", "rlhf.checkpoint", "rlhf.rundir"},
+    {
+        "rlhf.model",
+        "rlhf.tokenizer",
+        "rlhf.runtime",
+        "rlhf.checkpoint",
+        "rlhf.rundir",
+        "rlhf.team",
+        "rlhf.job",
+        "rlhf.saver",
+    },
     {"rlhf.data", "rlhf.tinyworld", "rlhf.rollout", "rlhf.judge"},
     {"evaluation"},
     {"stages"},
-    {"rlhf.cli", "rlhf.__main__", "rlhf.chain", "rlhf.worker", "rlhf.status", "rlhf.chat"},
+    {"rlhf.cli", "rlhf.__main__", "rlhf.chain", "rlhf.launch", "rlhf.worker", "rlhf.status", "rlhf.chat"},
 ]
 
 

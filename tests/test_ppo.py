@@ -14,6 +14,7 @@ from rlhf.judge import Conversation
 from rlhf.model import critic_from_policy, critic_from_scorer, load_scorer
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
+from rlhf.team import Team
 from stages import ppo
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 24
@@ -85,7 +86,7 @@ def make_learner(section: PpoSection, microbatch: int = 3, dtype: torch.dtype = 
     roles = ppo.Roles(policy, reference, critic, LengthJudge())
     tokenizer: Any = SimpleNamespace(pad_token_id=PAD)
     device: Any = Device()
-    return ppo.Learner(5, section, roles, tokenizer, PROMPTS, [END], microbatch, device)
+    return ppo.Learner(Team(), 5, section, roles, tokenizer, PROMPTS, [END], microbatch, device)
 
 
 PROMPTS = [ppo.Prompt([{"role": "user", "content": str(i)}], [BOS, *([5 + i] * (i % 3 + 1))]) for i in range(6)]
@@ -102,6 +103,10 @@ def episodes(learner: ppo.Learner, temperature: float = 0.7) -> list[Response]:
         logprobs = [float(rows[len(prompt.ids) - 1 + t, token]) for t, token in enumerate(ids)]
         found.append(Response(ids, logprobs, i != 3))
     return found
+
+
+def evaluated(learner: ppo.Learner, responses: list[Response], scores: list[float]) -> ppo.Trajectory:
+    return learner._evaluate(learner._observed(PROMPTS, responses, scores, [None] * len(PROMPTS)))[0]
 
 
 def naive_gradient(learner: ppo.Learner, responses: list[Response], minibatch: list[int], s: PpoSection) -> Any:
@@ -149,7 +154,7 @@ def naive_gradient(learner: ppo.Learner, responses: list[Response], minibatch: l
 
 def our_gradient(learner: ppo.Learner, responses: list[Response], minibatch: list[int]) -> Any:
     scores = [float(len(p.ids) + len(r.ids)) for p, r in zip(PROMPTS, responses, strict=True)]
-    trajectory, _ = learner._evaluate(PROMPTS, responses, scores)
+    trajectory = evaluated(learner, responses, scores)
     learner._minibatch_gradient(trajectory, torch.tensor(minibatch))
     modules = (learner._roles.policy, learner._roles.critic)
     gradients = [p.grad.clone() for m in modules for p in m.parameters() if p.grad is not None]
@@ -185,7 +190,7 @@ def test_what_the_padding_holds_changes_nothing() -> None:
     section = settings()
     learner = make_learner(section)
     responses = episodes(learner)
-    trajectory, _ = learner._evaluate(PROMPTS, responses, [1.0] * 6)
+    trajectory = evaluated(learner, responses, [1.0] * 6)
     places = torch.arange(trajectory.ids.shape[1])
     real = places < (trajectory.prompt_lengths + trajectory.mask.sum(1)).unsqueeze(1)
     garbage = trajectory._replace(
@@ -214,7 +219,7 @@ def test_every_minibatch_is_an_optimiser_step_whatever_the_microbatch() -> None:
         steps: list[int] = []
         step = learner._policy_optimizer.step
         learner._policy_optimizer.step = lambda steps=steps, step=step: (steps.append(1), step())
-        trajectory, _ = learner._evaluate(PROMPTS, episodes(learner), [1.0] * 6)
+        trajectory = evaluated(learner, episodes(learner), [1.0] * 6)
         learner._optimise(trajectory, 0)
         assert len(steps) == 6
 
@@ -232,7 +237,7 @@ def test_gradients_are_clipped() -> None:
         step()
 
     learner._policy_optimizer.step = watched  # type: ignore[method-assign]
-    trajectory, _ = learner._evaluate(PROMPTS, episodes(learner), [1.0] * 6)
+    trajectory = evaluated(learner, episodes(learner), [1.0] * 6)
     figures = learner._optimise(trajectory, 0)
     assert figures["policy_gradient_norm"] > 1e-2  # what is logged is the norm before clipping
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
@@ -257,7 +262,7 @@ def test_the_score_of_a_response_falls_on_its_end_token_not_behind_it() -> None:
     for parameter in learner._roles.critic.parameters():
         parameter.data.zero_()
     learner._roles.critic.mean = 0.0
-    trajectory, _ = learner._evaluate(PROMPTS, responses, [100.0 + i for i in range(6)])
+    trajectory = evaluated(learner, responses, [100.0 + i for i in range(6)])
     # with lambda 0, no values and no KL, a token's return is its reward
     for row, response in enumerate(responses):
         last = len(response.ids) - 1

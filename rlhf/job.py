@@ -1,0 +1,30 @@
+"""What a stage is given to do its work: the recipe, the run's directory, its team, and how it is interrupted."""
+
+from dataclasses import dataclass, field
+
+from rlhf.recipe import Recipe, StageName
+from rlhf.rundir import RunDir, StageDir
+from rlhf.runtime import Interrupts, Meter, MetricsLog
+from rlhf.team import PeerWatch, Team
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one run, as one of its processes sees it."""
+
+    recipe: Recipe
+    run: RunDir
+    stage: StageName
+    team: Team = field(default_factory=Team)
+    watch: PeerWatch | None = None
+    meter: Meter = field(default_factory=Meter)
+    interrupts: Interrupts = field(default_factory=Interrupts)
+
+    @property
+    def directory(self) -> StageDir:
+        """Where the stage writes."""
+        return self.run.stage(self.stage)
+
+    def metrics(self) -> MetricsLog:
+        """The stage's metrics.jsonl, written by rank 0 alone."""
+        return MetricsLog(self.directory.metrics if self.team.is_main else None)

@@ -1,0 +1,182 @@
+"""The processes of a stage, from outside: started, watched, ended together. Imports nothing heavy."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rlhf.errors import Interrupted, StageFailed, UserError
+from rlhf.recipe import Recipe, StageName
+from rlhf.rundir import RunDir
+from rlhf.team import LOST_CONTACT, Watch, rank_log
+
+TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")  # the stages that more than one process can do
+GRACE_SECONDS = 8.0  # what the other ranks have to end by themselves once one is lost
+STOP_SECONDS = 300.0  # what all ranks have to write a checkpoint once they are asked to stop
+LAST_LINES = 15  # of a lost rank's log that are shown
+
+
+def run_processes(recipe: Recipe, stage: StageName, run: RunDir, processes: int) -> None:
+    """Runs a stage in so many processes and returns once all have ended well.
+
+    Raises StageFailed, naming the rank that was lost; SystemExit(2) where the stage has told the user what to mend;
+    Interrupted where it was asked to stop. No process is left in any case.
+    """
+    processes = processes if stage in TRAINING else 1
+    folder = run.stage(stage).path / "ranks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="rlhf-") as meeting, Ranks(stage, folder) as ranks:
+        for rank in range(processes):
+            ranks.start(run, rank, _environment(recipe, rank, processes, Path(meeting) / "ranks"))
+        ranks.wait()
+
+
+class Ranks:
+    """The processes of one stage."""
+
+    def __init__(self, stage: StageName, folder: Path) -> None:
+        self._stage, self._folder = stage, folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._asked_at: float | None = None
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+
+    def start(self, run: RunDir, rank: int, environment: dict[str, str]) -> None:
+        """Starts one rank, in a session of its own: a Ctrl-C on the terminal comes to this process alone."""
+        command = [sys.executable, "-m", "rlhf.worker", self._stage, str(run.path)]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._processes.append(process)
+
+    def wait(self) -> None:
+        """Returns once all have ended well; see `run_processes` for what it raises."""
+        watch = Watch({rank: process.pid for rank, process in enumerate(self._processes)}, ended=False)
+        with self._signals_forwarded():
+            first_at, failure = None, None
+            while any(process.poll() is None for process in self._processes):
+                self._pause()
+                failure = failure or watch.lost()
+                bad = failure or any(process.poll() not in (None, 0) for process in self._processes)
+                first_at = first_at or (time.monotonic() if bad else None)
+                if failure or (first_at and time.monotonic() - first_at > GRACE_SECONDS):
+                    break
+                if self._asked_at and time.monotonic() - self._asked_at > STOP_SECONDS:
+                    break
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
+        self._kill()
+        if failure:
+            raise StageFailed(f"the stage {self._stage}: {failure}; all its processes are ended. {GO_ON}")
+        self._judge(codes)
+
+    def _pause(self) -> None:
+        running = next((process for process in self._processes if process.poll() is None), None)
+        if running is not None:
+            try:
+                running.wait(0.2)
+            except subprocess.TimeoutExpired:
+                return
+
+    def _judge(self, codes: dict[int, int | None]) -> None:
+        """Raises what the exit codes mean. None stands for a process that had to be killed."""
+        ended = {rank: code for rank, code in codes.items() if code not in (None, 0, LOST_CONTACT)}
+        if self._asked_at is not None or 130 in ended.values():
+            raise Interrupted("interrupted")
+        if not ended and all(code == 0 for code in codes.values()):
+            return
+        rank, code = next(iter(ended.items()), next((r, c) for r, c in codes.items() if c != 0))
+        if rank > 0 and rank_log(self._folder, rank).is_file():
+            lines = rank_log(self._folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()
+            print(f"the end of {rank_log(self._folder, rank)}:", *lines[-LAST_LINES:], sep="\n  ", file=sys.stderr)
+        if code == UserError.exit_code:
+            raise SystemExit(code)  # the stage has said what is wrong
+        who = f"the stage {self._stage}" if len(codes) == 1 else f"the stage {self._stage}: rank {rank} of {len(codes)}"
+        who += f" (pid {self._processes[rank].pid})"
+        if code is not None and code < 0:
+            raise StageFailed(f"{who} was killed by signal {-code} ({signal.Signals(-code).name}). {GO_ON}")
+        if code is None or code == LOST_CONTACT:
+            raise StageFailed(f"{who} lost contact with the others. {GO_ON}")
+        raise StageFailed(f"{who} failed with exit code {code}")
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        for process in self._processes:
+            process.wait()
+
+    @contextmanager
+    def _signals_forwarded(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks all ranks to write a checkpoint and to leave; a second one kills them."""
+
+        def forward(number: int, _: FrameType | None) -> None:
+            if self._asked_at is not None:
+                self._kill()
+                os._exit(Interrupted.exit_code)
+            self._asked_at = time.monotonic()
+            for process in self._processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+
+        previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+GO_ON = "The same command goes on from the last checkpoint."
+
+
+def threads_of(recipe: Recipe, processes: int) -> int:
+    """The CPU threads of each of so many processes on this machine."""
+    return recipe.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def _environment(recipe: Recipe, rank: int, processes: int, meeting: Path) -> dict[str, str]:
+    """A rank's environment, which must be set before torch is imported.
+
+    Threads: an idle OpenMP thread spins for some microseconds and then sleeps. Spinning without end stalls two threads
+    on two shared cores; sleeping at once halves the speed of a small model.
+    Memory: glibc keeps what is freed for the next step; giving it back costs a third of a small model's time.
+    """
+    threads = str(threads_of(recipe, processes))
+    found = {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**36),
+        "MALLOC_TOP_PAD_": str(2**27),
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "20000",
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RLHF_RENDEZVOUS"):
+        found.pop(name, None)
+    if processes > 1:
+        found |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "RLHF_RENDEZVOUS": str(meeting),
+        }
+        if sys.platform == "linux":  # they are all on this machine, and nobody else is to reach them
+            found.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return found

@@ -1,0 +1,147 @@
+"""A stage's checkpoints while it trains: when they are due, what all ranks put in, and where the stage goes on.
+
+All ranks decide together after every step, so that they save and stop at the same one.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf.checkpoint import Cadence, Checkpoint, Checkpoints, load_tree, random_state, save_tree, set_random_state
+from rlhf.errors import Interrupted
+from rlhf.job import Job
+from rlhf.runtime import MetricsLog, log
+
+
+class Saver:
+    """The checkpoints of one stage of one run."""
+
+    def __init__(self, job: Job, metrics: MetricsLog) -> None:
+        settings = job.recipe.checkpoints
+        self._job, self._metrics, self._team = job, metrics, job.team
+        self._store = Checkpoints(job.directory.path / "checkpoints", settings.keep)
+        self._cadence = Cadence(settings.every_steps, settings.every_minutes)
+        self._earlier, self._started = 0.0, time.monotonic()
+
+    def resume(self) -> Checkpoint | None:
+        """The checkpoint that every rank goes on from, None for a stage that begins.
+
+        Cuts the metrics back to it, and restores the random states of this rank.
+        """
+        found = self._team.from_main(self._store.newest)
+        self._metrics.cut_back(found.facts["metrics"] if found else None)
+        if found is None:
+            return None
+        self._job.meter.go_on(found.facts["spent"])
+        self._earlier = found.facts["training_seconds"]
+        before = found.facts["processes"]
+        if before == self._team.size:
+            set_random_state(load_tree(found.path, f"random-{self._team.rank}"))
+        else:
+            log(
+                f"{self._job.stage}: the checkpoint was written by {before} processes and is gone on from with "
+                f"{self._team.size}: sums are rounded in another order, so the bits of the result may differ"
+            )
+        log(f"{self._job.stage}: goes on from the checkpoint of step {found.step}")
+        return found
+
+    @contextmanager
+    def training(self) -> Iterator["Saver"]:
+        """Within, a first SIGINT or SIGTERM waits for the end of the step, and for the checkpoint after it."""
+        self._started = time.monotonic()
+        with self._job.interrupts.deferred():
+            yield self
+
+    def seconds(self) -> float:
+        """What the training took until now, the runs before it up to their checkpoints included."""
+        return self._earlier + time.monotonic() - self._started
+
+    def after_step(self, step: int, steps: int, state: Callable[[], dict[str, Any]], weights: nn.Module) -> None:
+        """Writes a checkpoint of `state()` where one is due after this step of so many; leaves where it was asked to.
+
+        Every rank makes its `state()`, rank 0's is written. `weights` must be the same on every rank.
+        Raises Interrupted after the checkpoint.
+        """
+        save, stop = self.decide(step, last=step == steps)
+        if save:
+            with self.writing(step, weights) as folder:
+                tree = state()
+                if self._team.is_main:
+                    save_tree(tree, folder, "state")
+        if stop:
+            raise self.interrupted(step)
+
+    def decide(self, step: int, *, last: bool = False) -> tuple[bool, bool]:
+        """Whether a checkpoint is written after this step, and whether the stage stops then; the same on all ranks."""
+        due = last or (self._team.is_main and self._cadence.due(step))
+        watch = self._job.watch
+        if watch:
+            watch.reached(step)
+        asked, wanted, most, least = self._team.largest(self._job.interrupts.asked, due, step, -step)
+        if watch:
+            watch.met()
+        if most != -least:
+            self._team.check_same("the step", step)
+        return bool(asked or wanted), bool(asked)
+
+    @contextmanager
+    def writing(self, step: int, weights: nn.Module) -> Iterator[Path]:
+        """A folder that is a checkpoint once what was written in it is whole, on every rank."""
+        self._team.check_same(f"the weights after step {step}", fingerprint(weights) if self._team.size > 1 else 0.0)
+        folder = self._team.from_main(lambda: self._store.begin(step))
+        try:
+            save_tree(random_state(), folder, f"random-{self._team.rank}")
+            yield folder
+            self._team.wait()
+            if self._team.is_main:
+                facts = {
+                    "metrics": self._metrics.position(),
+                    "spent": self._job.meter.spent(),
+                    "training_seconds": self.seconds(),
+                    "processes": self._team.size,
+                }
+                self._store.seal(folder, facts)
+        except BaseException:
+            if self._team.is_main:
+                self._store.discard(folder)
+            raise
+        self._cadence.written()
+
+    def interrupted(self, step: int) -> Interrupted:
+        """What to raise after the checkpoint that an interrupted stage leaves."""
+        return Interrupted(
+            f"{self._job.stage}: interrupted; a checkpoint of step {step} is written: the same command goes on there"
+        )
+
+
+def once(job: Job, name: str, make: Callable[[Path], dict[str, Any]]) -> Checkpoint:
+    """A part of a stage's work that is done once: what an interrupted run has left of it, else made now.
+
+    `make` is called on every rank with a folder in which rank 0 writes; it returns small facts. What it leaves is kept
+    in STAGE/NAME with checksums, as a checkpoint is.
+    """
+    store = Checkpoints(job.directory.path / name, keep=1)
+    found = job.team.from_main(store.newest)
+    if found is not None:
+        log(f"{job.stage}: {name} were made before the stage was interrupted, and are used again")
+        return found
+    folder = job.team.from_main(lambda: store.begin(0))
+    try:
+        facts = make(folder)
+        return job.team.from_main(lambda: store.seal(folder, facts))
+    except BaseException:
+        if job.team.is_main:
+            store.discard(folder)
+        raise
+
+
+def fingerprint(weights: nn.Module) -> float:
+    """A number that differs where weights differ, for ranks to compare; adds up in one order, so equal bits give
+    equal numbers."""
+    return float(
+        sum(float(parameter.detach().double().sum()) * (1 + n % 97) for n, parameter in enumerate(weights.parameters()))
+    )
