@@ -80,6 +80,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+LONGEST_RUN = 1000  # characters; a longer run without a break is no word
+_RUNS = re.compile("|".join(rf"{kind}{{{LONGEST_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:_|[^\w\s])")))
+
+
+def shorten_runs(text: str) -> tuple[str, int]:
+    """The text with at most 1,000 characters of each run of letters, digits, blanks or signs; how many were cut.
+
+    For training alone: a run is one word to a BPE, and the time that a word takes grows with its length.
+    """
+    return _RUNS.subn(lambda run: run[0][:LONGEST_RUN], text)
+
+
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises MissingInput where there is none."""
     try:
@@ -99,19 +111,43 @@ def begin_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(found)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Plain text to ids, without special tokens: whatever looks like one stays text."""
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int = 2**20) -> list[list[int]]:
+    """Plain text to ids, without special tokens: whatever looks like one stays text.
+
+    A text of more than `longest` characters is encoded in parts, between words where there are any: a tokenizer takes
+    a hundred times a text's size in memory.
+    """
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text, longest)]
+    found: list[list[int]] = [[] for _ in texts]
+    encoded = tokenizer([part for _, part in parts], add_special_tokens=False, split_special_tokens=True, verbose=False)
+    for (owner, _), ids in zip(parts, encoded["input_ids"], strict=True):
+        found[owner] = found[owner] + ids if found[owner] else ids
+    return found
+
+
+def _parts(text: str, longest: int) -> Iterator[str]:
+    """A text in parts of at most `longest` characters, each but the first beginning with the space before a word."""
+    start = 0
+    while len(text) - start > longest:
+        lowest, end = start + longest // 2, start + longest
+        place = text.rfind(" ", lowest, end)
+        while place > lowest and (text[place - 1].isspace() or text[place + 1].isspace()):
+            place = text.rfind(" ", lowest, place)
+        cut = place if place > lowest else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], batch: int = 1000
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], batch: int = 1000, characters: int = 2**22
 ) -> Iterator[list[int]]:
-    """Each text as BOS, its ids, and the document's end token."""
+    """Each text as BOS, its ids, and the document's end token; so many texts, or characters, are encoded at a time."""
     begin, end = begin_id(tokenizer), tokenizer.eos_token_id
     pending: list[str] = []
+    waiting = 0
 
     def flush() -> Iterator[list[int]]:
         for ids in encode_texts(tokenizer, pending):
@@ -120,8 +156,10 @@ def encode_documents(
 
     for text in texts:
         pending.append(text)
-        if len(pending) == batch:
+        waiting += len(text)
+        if len(pending) == batch or waiting >= characters:
             yield from flush()
+            waiting = 0
     yield from flush()
 
 

@@ -25,6 +25,7 @@ from rlhf.tokenizer import (
     encode_texts,
     load_tokenizer,
     prepare_for_chat,
+    shorten_runs,
     token_info,
     train_bpe,
     visible,
@@ -129,6 +130,26 @@ def test_many_texts_are_encoded_as_each_alone(tokenizer: PreTrainedTokenizerBase
     texts = ["a", "", "The opposite of hot is cold.", "<|end|>"]
     assert encode_texts(tokenizer, texts) == [encode_texts(tokenizer, [text])[0] for text in texts]
     assert encode_texts(tokenizer, []) == []
+
+
+@given(
+    words=st.lists(st.sampled_from(["hot", "冷", "a", "-", "\n", "the", ""]), max_size=60), longest=st.integers(4, 40)
+)
+def test_a_long_text_in_parts_has_the_tokens_of_the_whole(
+    tokenizer: PreTrainedTokenizerBase, words: list[str], longest: int
+) -> None:
+    text = " ".join(words)
+    (parts,) = encode_texts(tokenizer, [text], longest)
+    assert tokenizer.decode(parts) == text
+    if longest >= 20:  # there is a place between two words in every part
+        assert parts == encode_texts(tokenizer, [text])[0]
+
+
+def test_runs_that_are_no_words_are_shortened_for_training() -> None:
+    text = "a" * 1000 + " " + "字" * 5000 + "7" * 1001 + "!_" * 600 + "\n" * 2000 + "end"
+    found, cut = shorten_runs(text)
+    assert found == "a" * 1000 + " " + "字" * 1000 + "7" * 1000 + "!_" * 500 + "\n" * 1000 + "end"
+    assert cut == 4
 
 
 def test_documents_stand_between_bos_and_the_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
