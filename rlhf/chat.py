@@ -7,8 +7,8 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.model import load_causal_lm
-from rlhf.runtime import derive_seed, device, quiet_libraries
-from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer, visible
+from rlhf.runtime import derive_seed, device, quiet_libraries, visible
+from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer
 
 
 def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: float, seed: int) -> None:

@@ -169,7 +169,9 @@ def main() -> int:
         print(stop, file=sys.stderr)
         return stop.exit_code
     except RlhfError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from rlhf.runtime import visible
+
+        print(visible(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -142,41 +142,61 @@ def scale_last_norm(model: PreTrainedModel) -> None:
         parameter.div_(gain)
 
 
-def load_causal_lm(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM from a directory or hub id, without dropout. Raises MissingInput where none can be loaded."""
-    return _load(AutoModelForCausalLM, directory, dtype)
+def load_causal_lm(
+    directory: str | Path, dtype: torch.dtype = torch.float32, *, remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal LM from a directory or hub id, without dropout. Raises MissingInput where none can be loaded.
+
+    Code that lies beside it is run with `remote_code` only.
+    """
+    return _load(AutoModelForCausalLM, directory, dtype, remote_code)
 
 
 def load_scorer(
-    directory: str | Path, dtype: torch.dtype = torch.float32, *, fresh_head: bool = False
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    fresh_head: bool = False,
+    remote_code: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier with one output (reward model or critic), without dropout.
 
     With `fresh_head` a missing score head is made at random (seed torch first); without, its absence is an error.
     """
-    config = _load_config(directory)
+    config = _load_config(directory, remote_code)
     if not fresh_head and not any("SequenceClassification" in name for name in config.architectures or []):
         raise UserError(f"{directory} is no reward model: its architecture is {config.architectures}")
     if not fresh_head and config.num_labels != 1:
         raise UserError(f"{directory} has {config.num_labels} outputs; a reward model has one")
-    return _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1)
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code, num_labels=1)
 
 
-def _load_config(directory: str | Path) -> PreTrainedConfig:
+def _load_config(directory: str | Path, remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(directory))
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
-        raise MissingInput(f"no model could be loaded from {directory}: {str(error).splitlines()[0]}") from None
+        raise _not_loaded(directory, error) from None
 
 
-def _load(loader: Any, directory: str | Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    _load_config(directory)
+def _load(loader: Any, directory: str | Path, dtype: torch.dtype, remote_code: bool, **options: Any) -> PreTrainedModel:
+    _load_config(directory, remote_code)
     try:
-        model: PreTrainedModel = loader.from_pretrained(str(directory), dtype=dtype, **options)
+        model: PreTrainedModel = loader.from_pretrained(
+            str(directory), dtype=dtype, trust_remote_code=remote_code, **options
+        )
     except (OSError, ValueError) as error:
-        raise MissingInput(f"no model could be loaded from {directory}: {str(error).splitlines()[0]}") from None
+        raise _not_loaded(directory, error) from None
     disable_dropout(model)
     return model
+
+
+def _not_loaded(directory: str | Path, error: Exception) -> MissingInput:
+    if "trust_remote_code" in str(error):
+        return MissingInput(
+            f"{directory} brings Python code of its own, which is run only where the recipe says so: "
+            f"trust_remote_code: ['{directory}']"
+        )
+    return MissingInput(f"no model could be loaded from {directory}: {str(error).splitlines()[0]}")
 
 
 def disable_dropout(model: nn.Module) -> None:

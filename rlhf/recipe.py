@@ -277,6 +277,9 @@ class Recipe(Section):
     )
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = Field(STAGES, description="which stages, in order")
     base: str | None = Field(None, description="directory or hub id of a causal LM, for a chain without pretrain")
+    trust_remote_code: tuple[str, ...] = Field(
+        (), description="models, as `base` or `reward.from` name them, whose own Python code may be run"
+    )
     data: DataSection = Field(default=DataSection(), description="how data files are found and read")
     tokenizer: TokenizerSection | None = Field(None, description="the tokenizer stage")
     model: ModelSection = Field(default=ModelSection(), description="the model that pretrain starts")

@@ -67,8 +67,19 @@ def device() -> "torch.device":
 
 
 def log(message: str) -> None:
-    """Says one thing to the user."""
-    Console(highlight=False, soft_wrap=True).print(message, markup=False)
+    """Says one thing to the user. What models and files say can't move the cursor."""
+    Console(highlight=False, soft_wrap=True).print(visible(message), markup=False)
+
+
+def visible(text: str) -> str:
+    """Model output made safe for a terminal: control characters but newline and tab are shown, not obeyed."""
+
+    def shown(character: str) -> str:
+        code = ord(character)
+        control = (code < 32 and character not in "\n\t") or 127 <= code < 160 or 0x202A <= code <= 0x202E
+        return f"\\x{code:02x}" if control or 0x2066 <= code <= 0x2069 else character
+
+    return "".join(map(shown, text))
 
 
 def format_seconds(seconds: float) -> str:
@@ -201,7 +212,7 @@ class Meter:
         self._started = str(spent["started"])
 
     def summary(self, stage: str, processes: int) -> dict[str, Any]:
-        """The keys that every stage's summary has, `parameters` apart; time and memory are those of rank 0."""
+        """The keys that every stage's summary has, `parameters` apart; time and memory are this process's."""
         import torch
 
         where = device()

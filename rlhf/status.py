@@ -28,7 +28,8 @@ def print_status(run_dir: Path) -> None:
         raise MissingInput(f"{run_dir} is no run's directory (it has no recipe.yaml)")
     run = RunDir(run_dir)
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
-    print(f"{run_dir}: {recipe.description or recipe.name}")
+    holder = run.holder()
+    print(f"{run_dir}: {recipe.description or recipe.name}" + (f" (in use, pid {holder})" if holder else ""))
     for stage in recipe.stages:
         directory = run.stage(stage)
         try:
@@ -36,7 +37,8 @@ def print_status(run_dir: Path) -> None:
         except RlhfError as error:  # an input file is gone: say so, and go on with the other stages
             print(f"  {stage:<10} {'unknown':<12} {error}")
             continue
-        line = f"  {stage:<10} {state.name:<12}"
+        name = "running" if holder and state.name == "interrupted" else state.name
+        line = f"  {stage:<10} {name:<12}"
         summary = directory.summary()
         if summary:
             line += f"{format_seconds(summary['seconds']):>8}  {_figures(stage, summary)}"

@@ -92,10 +92,13 @@ def shorten_runs(text: str) -> tuple[str, int]:
     return _RUNS.subn(lambda run: run[0][:LONGEST_RUN], text)
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id. Raises MissingInput where there is none."""
+def load_tokenizer(directory: str | Path, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id. Raises MissingInput where there is none.
+
+    Code that lies beside it is run with `remote_code` only.
+    """
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
         raise MissingInput(f"no tokenizer could be loaded from {directory}: {str(error).splitlines()[0]}") from None
 
@@ -303,17 +306,6 @@ def prepare_for_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
             tokenizer.add_special_tokens({"pad_token": PAD})
         tokenizer.pad_token = PAD
     return len(tokenizer) - before
-
-
-def visible(text: str) -> str:
-    """Model output made safe for a terminal: control characters but newline and tab are shown, not obeyed."""
-
-    def shown(character: str) -> str:
-        code = ord(character)
-        control = (code < 32 and character not in "\n\t") or 127 <= code < 160 or 0x202A <= code <= 0x202E
-        return f"\\x{code:02x}" if control or 0x2066 <= code <= 0x2069 else character
-
-    return "".join(map(shown, text))
 
 
 def token_info(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

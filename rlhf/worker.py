@@ -16,7 +16,7 @@ from rlhf.job import Job
 from rlhf.launch import TRAINING, threads_of
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
 from rlhf.rundir import RunDir, no_room
-from rlhf.runtime import Interrupts, Meter, derive_seed, end_with_parent, quiet_libraries, seed_everything
+from rlhf.runtime import Interrupts, Meter, derive_seed, end_with_parent, quiet_libraries, seed_everything, visible
 from rlhf.team import LOST_CONTACT, PeerWatch, Team, announce, join_team, lost_contact, rank_in_environment, rank_log
 
 
@@ -121,8 +121,13 @@ def _run_stage(job: Job) -> None:
     with quiet_libraries():
         seed_everything(derive_seed(job.recipe.seed, job.stage))
         results = module.run(job)
+    spent = job.team.gather(job.meter.summary(job.stage, job.team.size))
     if job.team.is_main:
-        finish_stage(job.directory, {**job.meter.summary(job.stage, job.team.size), **results})
+        together = {
+            "cpu_seconds": round(sum(one["cpu_seconds"] for one in spent), 2),
+            "peak_memory_mib": max(one["peak_memory_mib"] for one in spent),
+        }
+        finish_stage(job.directory, {**spent[0], **together, **results})
 
 
 def disk_full(error: BaseException) -> bool:
@@ -158,7 +163,7 @@ def _redirect(rank: int, folder: Path) -> None:
 
 
 def _say(error: RlhfError) -> int:
-    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+    print(visible(str(error) if isinstance(error, Interrupted) else f"error: {error}"), file=sys.stderr)
     return error.exit_code
 
 

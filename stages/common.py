@@ -45,6 +45,12 @@ def starting_model(recipe: Recipe, run: RunDir, stage: StageName) -> str:
     return recipe.base
 
 
+def runs_code(recipe: Recipe, model: str) -> bool:
+    """Whether Python code that comes with a model may be run: the recipe names it, or the base that it was made of."""
+    brought = model in (recipe.base, recipe.reward.from_ if recipe.reward else None)
+    return model in recipe.trust_remote_code or (not brought and recipe.base in recipe.trust_remote_code)
+
+
 def accumulation(rows: int, microbatch: int | None, processes: int, what: str) -> tuple[int, int]:
     """(rows of one forward pass on one process, forward passes of one optimiser step).
 

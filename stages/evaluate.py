@@ -23,7 +23,7 @@ from rlhf.rundir import write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
 from rlhf.saver import once
 from rlhf.tokenizer import load_tokenizer
-from stages.common import open_data, report_faults
+from stages.common import open_data, report_faults, runs_code
 
 LONGEST_CONTEXT = 2048  # tokens of a window or a few-shot prompt, where the model can hold more
 
@@ -84,7 +84,9 @@ def _measure_all(
     results: dict[str, Any] = {}
     parameters = 0
     for name, directory in models.items():
-        model, tokenizer = load_causal_lm(directory).to(device()).eval(), load_tokenizer(directory)
+        remote_code = runs_code(recipe, directory)
+        model = load_causal_lm(directory, remote_code=remote_code).to(device()).eval()
+        tokenizer = load_tokenizer(directory, remote_code=remote_code)
         parameters = count_parameters(model)
         total = len(texts) + sum(len(question.choices) for questions in asked.values() for question in questions)
         with Bar(f"evaluate {name}", total) as bar:

@@ -47,8 +47,8 @@ from rlhf.saver import Saver, once
 from rlhf.team import Team
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import best_response, gold_reward
-from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer, visible
-from stages.common import accumulation, card_facts, open_data, report_faults, starting_model
+from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer
+from stages.common import accumulation, card_facts, open_data, report_faults, runs_code, starting_model
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 
@@ -110,8 +110,9 @@ def run(job: Job) -> dict[str, Any]:
     assert settings is not None
     accelerator = make_accelerator()
     start = starting_model(recipe, run, "ppo")
-    tokenizer = load_tokenizer(start)
-    roles = _load_roles(settings, start, str(run.stage("reward").model), tokenizer, recipe.seed, accelerator)
+    remote_code = runs_code(recipe, start)
+    tokenizer = load_tokenizer(start, remote_code=remote_code)
+    roles = _load_roles(settings, start, str(run.stage("reward").model), tokenizer, accelerator, remote_code)
     prompts = _prompts(recipe, settings, tokenizer, "train")
     test = _prompts(recipe, settings, tokenizer, "test")
     minibatch = settings.episodes_per_update // settings.minibatches
@@ -178,14 +179,18 @@ def _load_roles(
     start: str,
     judge: str,
     tokenizer: PreTrainedTokenizerBase,
-    seed: int,
     accelerator: Accelerator,
+    remote_code: bool,
 ) -> Roles:
-    policy, reference, scorer = load_causal_lm(start), load_causal_lm(start), load_scorer(judge)
+    load_policy, load_judge = (
+        partial(load, directory, remote_code=remote_code)
+        for load, directory in ((load_causal_lm, start), (load_scorer, judge))
+    )
+    policy, reference, scorer = load_policy(), load_policy(), load_judge()
     if settings.critic_from == "reward":
-        critic = critic_from_scorer(load_scorer(judge), score_mean(scorer))
+        critic = critic_from_scorer(load_judge(), score_mean(scorer))
     else:
-        critic = critic_from_policy(load_causal_lm(start))
+        critic = critic_from_policy(load_policy())
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
         raise UserError(f"{start}: pad and end token must be different tokens (pad {pad}, end {end})")
@@ -597,7 +602,7 @@ def _measure(
         mean_estimate([float(len(response.ids)) for response in responses]),
         mean_estimate([float(response.ended) for response in responses]),
         mean_estimate(gold) if gold else None,
-        f"{visible(first.prompt[-1]['content'])} -> {visible(first.response)}",
+        f"{first.prompt[-1]['content']} -> {first.response}",
     )
 
 

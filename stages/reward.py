@@ -42,7 +42,7 @@ from rlhf.tinyworld.dialogues import shuffled_prompts
 from rlhf.tinyworld.oracle import gold_reward, prefers_first
 from rlhf.tinyworld.words import Draw
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer
-from stages.common import accumulation, card_facts, open_data, report_faults, starting_model, training_order
+from stages.common import accumulation, card_facts, open_data, report_faults, runs_code, starting_model, training_order
 from stages.trl_glue import run_trainer, trainer_arguments
 
 
@@ -60,15 +60,17 @@ def run(job: Job) -> dict[str, Any]:
     settings = recipe.reward
     assert settings is not None
     start = starting_model(recipe, run, "reward")
-    tokenizer = load_tokenizer(start)
+    remote_code = runs_code(recipe, start)
+    tokenizer = load_tokenizer(start, remote_code=remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"{start} has no chat template; run the stage sft first, or name a chat model as base")
     train, test = _comparisons(job, settings, tokenizer, start)
 
     trained: dict[str, Any] = {}
     if settings.from_:
-        model = load_scorer(settings.from_)
-        _check_same_tokenizer(settings.from_, tokenizer)
+        judge_code = runs_code(recipe, settings.from_)
+        model = load_scorer(settings.from_, remote_code=judge_code)
+        _check_same_tokenizer(settings.from_, tokenizer, judge_code)
     else:
         model, trained = _trained(job, settings, start, tokenizer, train)
         _normalise(job.team, model, train)
@@ -98,7 +100,7 @@ def _comparisons(
     """The comparisons to learn from and to measure on, none longer than the recipe allows."""
     parts: list[list[Pair]] = [[], []]
     if settings.collect:
-        model = load_causal_lm(start)
+        model = load_causal_lm(start, remote_code=runs_code(job.recipe, start))
         for part, split, prompts in zip(
             parts, ("train", "test"), (settings.collect.train_prompts, settings.collect.test_prompts), strict=True
         ):
@@ -210,8 +212,8 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> Pa
     return Pair(comparison, *ids)
 
 
-def _check_same_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    other = load_tokenizer(directory)
+def _check_same_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase, remote_code: bool) -> None:
+    other = load_tokenizer(directory, remote_code=remote_code)
     if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
         raise UserError(
             f"reward.from: the judge in {directory} has another tokenizer or chat template than the model that it "
@@ -227,7 +229,7 @@ def _trained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     seed = job.recipe.seed
     torch.manual_seed(derive_seed(seed, "reward", "head"))
-    model = load_scorer(start, fresh_head=True)
+    model = load_scorer(start, fresh_head=True, remote_code=runs_code(job.recipe, start))
     scale_last_norm(model)
     use_special_tokens(model, tokenizer)
     size, passes = accumulation(settings.pairs_per_step, settings.microbatch_size, job.team.size, "pairs_per_step")

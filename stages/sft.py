@@ -27,8 +27,8 @@ from rlhf.recipe import Recipe, SftSection
 from rlhf.rollout import CacheEngine, uniforms
 from rlhf.runtime import derive_seed, log
 from rlhf.team import Team
-from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat, visible
-from stages.common import accumulation, card_facts, open_data, report_faults, starting_model, training_order
+from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat
+from stages.common import accumulation, card_facts, open_data, report_faults, runs_code, starting_model, training_order
 from stages.trl_glue import run_trainer, trainer_arguments
 
 IGNORED = -100  # the label of a token that is not learned
@@ -40,9 +40,10 @@ def run(job: Job) -> dict[str, Any]:
     settings = recipe.sft
     assert settings is not None
     start = starting_model(recipe, run, "sft")
-    tokenizer = load_tokenizer(start)
+    remote_code = runs_code(recipe, start)
+    tokenizer = load_tokenizer(start, remote_code=remote_code)
     added = prepare_for_chat(tokenizer, settings.chat_template)
-    model = load_causal_lm(start)
+    model = load_causal_lm(start, remote_code=remote_code)
     torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
@@ -118,7 +119,7 @@ def _marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> str:
             text += "[" if trained else "]"
             inside = trained
         text += tokenizer.decode([token])
-    return visible(text + ("]" if inside else "")).replace("\n", "\n  ")
+    return (text + ("]" if inside else "")).replace("\n", "\n  ")
 
 
 def _train(
@@ -210,6 +211,6 @@ def _share_ended(
     )
     for prompt, response in list(zip(prompts, responses, strict=True))[:3]:
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
-        log(f"sft: {visible(prompt[-1]['content'])} -> {visible(text)}")
+        log(f"sft: {prompt[-1]['content']} -> {text}")
     ended = sum(response.ended for response in responses)
     return proportion_estimate(ended, len(responses)).as_keys("responses_ended")

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,33 @@ def tiny_gpt2(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         **token_info(tokenizer),
     )
     return GPT2LMHeadModel(config).eval()
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_RECIPE = Path(__file__).parent / "tiny.yaml"
+
+
+def rlhf(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """What the command line says; it must end with this exit code and without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def finished_chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny chain has run once, in runs/tiny; not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("chain")
+    rlhf("run", "all", "--recipe", str(TINY_RECIPE), cwd=folder)
+    return folder
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,30 +11,17 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = Path(__file__).parent / "tiny.yaml"
+from tests.conftest import ROOT, rlhf
+from tests.conftest import TINY_RECIPE as RECIPE
+
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 
 
-def rlhf(*arguments: str, cwd: Path, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the tiny chain has run once."""
+def home(finished_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny chain has run once, for these tests to change."""
     folder = tmp_path_factory.mktemp("home")
-    rlhf("run", "all", "--recipe", str(RECIPE), cwd=folder)
+    shutil.copytree(finished_chain, folder, dirs_exist_ok=True)
     return folder
 
 

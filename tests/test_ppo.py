@@ -1,6 +1,7 @@
 """PPO's update against a naive one, episode by episode; and the faults that TRL's PPO had."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +70,9 @@ class Device:
 
     def reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:
         return tensor
+
+    def no_sync(self, model: Any) -> Any:
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -292,4 +296,4 @@ def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     tokenizer: Any = SimpleNamespace(pad_token_id=END, eos_token_id=END)
     device: Any = Device()
     with pytest.raises(UserError, match="pad and end token must be different"):
-        ppo._load_roles(settings(), str(tmp_path / "policy"), str(tmp_path / "judge"), tokenizer, 1, device)
+        ppo._load_roles(settings(), str(tmp_path / "policy"), str(tmp_path / "judge"), tokenizer, device, False)

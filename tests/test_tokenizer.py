@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import MissingInput, UserError
+from rlhf.runtime import visible
 from rlhf.tinyworld.documents import documents
 from rlhf.tokenizer import (
     CHAT_TEMPLATES,
@@ -28,7 +29,6 @@ from rlhf.tokenizer import (
     shorten_runs,
     token_info,
     train_bpe,
-    visible,
 )
 from tests.conftest import SHARED_DATA, VOCAB_SIZE
 

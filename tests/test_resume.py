@@ -1,0 +1,186 @@
+"""Nothing is lost: stages that are killed, stopped or interrupted end as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, TINY_RECIPE, rlhf
+
+STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
+TIMINGS = {"time", "tokens_per_second", "episodes_per_second", "rollout_seconds"}
+VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
+OFTEN = {"pretrain": 4, "sft": 10, "reward": 3, "ppo": 1}  # steps between checkpoints
+
+
+def arguments(stage: str, *more: str) -> list[str]:
+    often = f"checkpoints.every_steps={OFTEN[stage]}"
+    return ["run", stage, "--recipe", str(TINY_RECIPE), often, *more]
+
+
+def begin(finished_chain: Path, folder: Path, stage: str) -> Path:
+    """A run in which the stages before this one are done; returns the stage's directory."""
+    for before in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(finished_chain / "runs/tiny" / before, folder / "runs/tiny" / before)
+    return folder / "runs/tiny" / stage
+
+
+def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf", *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(happened: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if "rlhf.worker" in child.cmdline()]
+
+
+def sealed(directory: Path) -> list[Path]:
+    return sorted((directory / "checkpoints").glob("step-*[0-9]"))
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    """Two directories of a stage hold the same model, figures and metrics, timings apart."""
+    assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
+    lines: list[list[dict[str, Any]]] = []
+    summaries = []
+    for folder in (a, b):
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines.append([{key: line[key] for key in line.keys() - TIMINGS} for line in metrics])
+        summary = json.loads((folder / "summary.json").read_text())
+        summaries.append({key: summary[key] for key in summary.keys() - VOLATILE})
+    assert lines[0] == lines[1]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_a_stage_that_is_killed_goes_on_and_ends_bitwise_equal(
+    finished_chain: Path, tmp_path: Path, stage: str
+) -> None:
+    directory = begin(finished_chain, tmp_path, stage)
+    process = start(*arguments(stage), cwd=tmp_path)
+    until(lambda: sealed(directory), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert family
+    assert psutil.wait_procs(family, timeout=20)[1] == [], "the stage's process outlives the command"
+    assert not (directory / "summary.json").exists()
+    assert "interrupted" in rlhf("status", "runs/tiny", cwd=tmp_path)
+    said = rlhf(*arguments(stage), cwd=tmp_path)
+    assert f"{stage}: was interrupted, goes on" in said
+    assert f"{stage}: goes on from the checkpoint of step" in said
+    assert_equal(directory, finished_chain / "runs/tiny" / stage)
+
+
+def test_a_terminated_run_leaves_a_checkpoint_of_its_last_step(finished_chain: Path, tmp_path: Path) -> None:
+    directory = begin(finished_chain, tmp_path, "sft")
+    command = ["run", "sft", "--recipe", str(TINY_RECIPE)]
+    process = start(*command, cwd=tmp_path)
+    until(lambda: (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    (checkpoint,) = sealed(directory)
+    assert f"a checkpoint of step {checkpoint.name.removeprefix('step-')} is written" in said
+    rlhf(*command, cwd=tmp_path)
+    assert_equal(directory, finished_chain / "runs/tiny/sft")
+
+
+def test_a_second_signal_ends_a_run_at_once(finished_chain: Path, tmp_path: Path) -> None:
+    begin(finished_chain, tmp_path, "pretrain")
+    process = start(*arguments("pretrain"), cwd=tmp_path)
+    until(lambda: workers(process), process)
+    (child,) = workers(process)
+    child.suspend()  # it can't answer the first one
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_in_use_is_refused_with_its_holders_pid(finished_chain: Path, tmp_path: Path) -> None:
+    begin(finished_chain, tmp_path, "pretrain")
+    process = start(*arguments("pretrain"), cwd=tmp_path)
+    try:
+        until(lambda: workers(process), process)
+        refused = rlhf(*arguments("pretrain"), cwd=tmp_path, code=2)
+        assert f"in use by another rlhf run (pid {process.pid})" in refused
+        assert "running" in rlhf("status", "runs/tiny", cwd=tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    rlhf(*arguments("pretrain", "pretrain.tokens=2048"), cwd=tmp_path)  # a dead holder's lock is taken over
+
+
+def test_two_processes_do_what_one_does_and_a_lost_one_is_named(finished_chain: Path, tmp_path: Path) -> None:
+    """Losses as with one process; a rank that is killed ends the run and is named; what goes on is bitwise equal."""
+    directory = begin(finished_chain, tmp_path, "pretrain")
+    command = arguments("pretrain", "--processes", "2")
+    rlhf(*command, cwd=tmp_path)
+    whole = tmp_path / "whole"
+    directory.rename(whole)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["processes"] == 2
+    for mine, theirs in zip(*map(losses, (whole, finished_chain / "runs/tiny/pretrain")), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+    process = start(*command, cwd=tmp_path)
+    until(lambda: sealed(directory), process)
+    os.kill(json.loads((directory / "ranks/rank-1.json").read_text())["pid"], signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "rank 1 of 2" in said
+    assert "SIGKILL" in said
+    assert "Traceback" not in said
+    shutil.copytree(tmp_path / "runs", tmp_path / "elsewhere/runs")
+    assert "goes on from the checkpoint" in rlhf(*command, cwd=tmp_path)
+    assert_equal(directory, whole)
+
+    said = rlhf(*arguments("pretrain"), cwd=tmp_path / "elsewhere")  # with one process now
+    assert "the bits of the result may differ" in said
+    for mine, theirs in zip(*map(losses, (tmp_path / "elsewhere/runs/tiny/pretrain", whole)), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+def losses(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_stopped_rank_is_named_and_all_are_ended(finished_chain: Path, tmp_path: Path) -> None:
+    directory = begin(finished_chain, tmp_path, "ppo")
+    process = start(*arguments("ppo", "--processes", "2", "ppo.updates=50"), cwd=tmp_path)
+    until(lambda: sealed(directory), process)
+    pid = json.loads((directory / "ranks/rank-1.json").read_text())["pid"]
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(pid, signal.SIGSTOP)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert f"rank 1 (pid {pid}) has been stopped" in said
+    assert psutil.wait_procs(family, timeout=5)[1] == []
