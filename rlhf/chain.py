@@ -9,7 +9,8 @@ Imports nothing heavy: the parent only decides, starts and waits.
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from pydantic import BaseModel
 import rlhf
 from rlhf.data.files import source_files
 from rlhf.errors import MissingInput, UserError
-from rlhf.launch import run_processes
-from rlhf.recipe import Recipe, Source, StageName, needs_base, result_fields, upstream
+from rlhf.launch import TRAINING, run_processes
+from rlhf.recipe import Recipe, Source, StageName, microbatches, needs_base, result_fields, upstream
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, write_json
 
 # What a stage stands on
@@ -57,7 +58,9 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     for source in sources_in(section):
         inputs["data.on_bad_row"] = recipe.data.on_bad_row
         for path in source_files(source, Path(recipe.data.root)):
-            inputs[f"file {source.path} {path.name}"] = digest_file(path)
+            inputs[f"file {source.path}" if source.path == path.name else f"file {source.path} {path.name}"] = (
+                digest_file(path)
+            )
     if _uses_tinyworld(recipe, stage):
         inputs["tinyworld"] = digest_folder(Path(rlhf.__file__).parent / "tinyworld")
     if needs_base(recipe, stage) and recipe.base:
@@ -94,6 +97,8 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
             return State("stale", f"the stage {name} that it stands on is gone")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if was.get("data.on_bad_row") == "error" and now.get("data.on_bad_row") == "skip" and "data.on_bad_row" in changed:
+        changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip
     if changed:
         return State("stale", _describe_changes(changed, was, now) if was else "it was never really begun")
     return State("done") if directory.summary() is not None else State("interrupted")
@@ -129,36 +134,77 @@ def run_chain(
     fresh: bool,
     processes: int,
     command: str,
-    recipe_name: str,
+    again: Callable[[str], str],
 ) -> None:
     """Runs the wanted stages in order; skips what is done, goes on with what was interrupted, redoes what is stale.
 
     Raises UserError for what the user must mend, StageFailed where a stage ended without finishing, Interrupted where
-    it was asked to stop.
+    it was asked to stop. `again` gives the command that runs a stage of this name with the same recipe.
     """
-    check_inputs(recipe, wanted)
+    check_inputs(recipe, wanted, processes)
     run = RunDir.of(recipe, runs_dir)
     if len(wanted) == 1:
-        check_upstream(recipe, wanted[0], run, recipe_name)
+        check_upstream(recipe, wanted[0], run, again)
     run.create()
+    started = time.monotonic()
     with run.lock():
         run.write_recipe(recipe)
         todo = 0
         for number, stage in enumerate(wanted, 1):
             label = f"[{number}/{len(wanted)}] {stage}"
-            if prepare(recipe, stage, run, fresh=fresh, command=command, recipe_name=recipe_name, label=label):
-                todo += 1
+            plan = prepare(recipe, stage, run, fresh=fresh, command=command, again=again, label=label)
+            if plan is None:
+                continue
+            todo += 1
+            try:
                 run_processes(recipe, stage, run, processes)
-                run.write_summary()
+            except SystemExit:  # the user's input was refused
+                take_back(plan)
+                raise
+            run.write_summary()
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
+    elif len(wanted) > 1:
+        _say_what_is_there(recipe, run, time.monotonic() - started)
+
+
+def _say_what_is_there(recipe: Recipe, run: RunDir, seconds: float) -> None:
+    print(f"done in {seconds / 60:.1f} minutes: {run.path}")
+    for stage in ("ppo", "sft"):
+        if stage in recipe.stages:
+            print(f"talk with its model: rlhf chat {run.stage(stage).model}")
+            return
+
+
+class Plan(NamedTuple):
+    """A stage that is about to run: its directory, whether it begins now, and what was moved aside for it."""
+
+    directory: StageDir
+    begins: bool
+    aside: Path | None
+
+
+def take_back(plan: Plan) -> None:
+    """Undoes the beginning of a stage whose input was refused before it had done anything: the old one is back."""
+    if not plan.begins or any(plan.directory.path.glob("checkpoints/step-*")):
+        return
+    shutil.rmtree(plan.directory.path)
+    if plan.aside:
+        plan.aside.rename(plan.directory.path)
 
 
 def prepare(
-    recipe: Recipe, stage: StageName, run: RunDir, *, fresh: bool, command: str, recipe_name: str, label: str = ""
-) -> bool:
-    """Whether a stage is to be run; says why, moves aside what is stale, and makes the directory of what begins."""
-    check_upstream(recipe, stage, run, recipe_name)
+    recipe: Recipe,
+    stage: StageName,
+    run: RunDir,
+    *,
+    fresh: bool,
+    command: str,
+    again: Callable[[str], str],
+    label: str = "",
+) -> Plan | None:
+    """What is to be run, None where the stage is done; says why, moves aside what is stale, makes what begins."""
+    check_upstream(recipe, stage, run, again)
     directory, state, label = run.stage(stage), state_of(recipe, stage, run), label or stage
     if state.name in ("done", "interrupted") and not fresh:
         changes = _other_versions(directory)
@@ -166,10 +212,11 @@ def prepare(
             print(f"{label}: begun with other versions ({changes})", flush=True)
     if state.name == "done" and not fresh:
         print(f"{label}: done, skipped", flush=True)
-        return False
+        return None
     if state.name == "interrupted" and not fresh:
         print(f"{label}: was interrupted, goes on", flush=True)
-        return True
+        return Plan(directory, False, None)
+    aside = None
     if directory.path.exists():
         why = "--fresh" if fresh else state.why
         aside = directory.move_aside()
@@ -177,7 +224,7 @@ def prepare(
     else:
         print(f"{label}: starts", flush=True)
     begin_stage(recipe, stage, run, command)
-    return True
+    return Plan(directory, True, aside)
 
 
 def _other_versions(directory: StageDir) -> str:
@@ -185,9 +232,11 @@ def _other_versions(directory: StageDir) -> str:
     return ", ".join(f"{name} {was[name]}, now {now.get(name)}" for name in was if was[name] != now.get(name))
 
 
-def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...]) -> None:
-    """Finds the files that the wanted stages read, so that a misspelt path is known before the first stage runs."""
+def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) -> None:
+    """Checks what can be checked before the first stage runs: files that are read, and the arithmetic of batches."""
     for stage in wanted:
+        if stage in TRAINING and not (stage == "reward" and recipe.reward and recipe.reward.from_):
+            microbatches(recipe, stage, processes)
         for source in sources_in(getattr(recipe, stage)):
             source_files(source, Path(recipe.data.root))
             if source.builtin and source.rows is None and stage != "ppo":
@@ -208,9 +257,10 @@ def _check_model_directory(key: str, name: str) -> None:
         raise MissingInput(f"{key}: no directory {path}")
 
 
-def check_upstream(recipe: Recipe, stage: StageName, run: RunDir, recipe_name: str) -> None:
+def check_upstream(recipe: Recipe, stage: StageName, run: RunDir, again: Callable[[str], str]) -> None:
     """Raises MissingInput, naming the command, where a stage that this one stands on isn't done."""
     for name in upstream(recipe, stage):
+        check_upstream(recipe, name, run, again)
         state = state_of(recipe, name, run)
         if state.name != "done":
             what = {"missing": "has not been run", "stale": f"is stale ({state.why})"}.get(
@@ -218,8 +268,7 @@ def check_upstream(recipe: Recipe, stage: StageName, run: RunDir, recipe_name: s
             )
             raise MissingInput(
                 f"{stage} stands on the stage {name}, which {what} in {run.path}; run\n"
-                f"  rlhf run {name} --recipe {recipe_name}\n"
-                f"first, or rlhf run all --recipe {recipe_name}"
+                f"  {again(name)}\nfirst, or everything:\n  {again('all')}"
             )
 
 

@@ -23,13 +23,18 @@ def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: flo
     generator = torch.Generator().manual_seed(derive_seed(seed, "chat"))
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    typed = sys.stdin.isatty()
+    if typed:
+        print("An empty line or Ctrl-D ends the conversation.")
     while True:
         try:
-            question = input("> " if sys.stdin.isatty() else "")
+            question = input("> " if typed else "")
         except EOFError:
             return
         if not question.strip():
-            return
+            if typed:
+                return
+            continue
         messages.append({"role": "user", "content": question})
         ids = encode_prompt(tokenizer, messages)
         room = min(max_tokens, context - len(ids))

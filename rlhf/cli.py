@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,22 +69,19 @@ def run(
     if not wanted:
         raise UserError(f"the recipe {recipe} has no stage {stage}; its stages are: {' '.join(settings.stages)}")
     command = "rlhf " + " ".join(sys.argv[1:])
+    said = [argument for argument in sys.argv[1:] if argument not in ("run", "--fresh")]
+    said.remove(stage) if stage in said else None
+
+    def again(name: str) -> str:
+        return shlex.join(["rlhf", "run", name, *said])
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if len(wanted) > 1:
             raise UserError(f"under a launcher one stage runs at a time: rlhf run {wanted[0]}, then the next")
         from rlhf.worker import leave, run_under_launcher
 
-        code = run_under_launcher(settings, wanted[0], runs_dir, fresh=fresh, command=command, recipe_name=recipe)
-        leave(code)
-    chain.run_chain(
-        settings,
-        tuple(wanted),
-        runs_dir,
-        fresh=fresh,
-        processes=processes,
-        command=command,
-        recipe_name=recipe,
-    )
+        leave(run_under_launcher(settings, wanted[0], runs_dir, fresh=fresh, command=command, again=again))
+    chain.run_chain(settings, tuple(wanted), runs_dir, fresh=fresh, processes=processes, command=command, again=again)
 
 
 @app.command()
@@ -117,30 +115,36 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run's directory, such
 
 @app.command()
 def evaluate(
-    model_dirs: Annotated[list[Path], typer.Argument(metavar="MODEL_DIR...", help="Hugging Face causal LMs")],
+    model_dirs: Annotated[
+        list[str], typer.Argument(metavar="MODEL_DIR... [key=value ...]", help="Hugging Face causal LMs; overrides")
+    ],
     output: Annotated[Path | None, typer.Option("--output", help="also write the results as JSON")] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="whose `evaluate` section says what is measured")
     ] = "quickstart",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, e.g. evaluate.fewshot.items=50")
-    ] = None,
 ) -> None:
-    """Measures any local Hugging Face causal LM: perplexity, bits per byte, few-shot accuracy."""
+    """Measures any local Hugging Face causal LM: perplexity, bits per byte, few-shot accuracy.
+
+    What is measured stands in the `evaluate` section of a recipe: by default the built-in world's documents and tasks.
+    """
     from rlhf.errors import MissingInput
     from rlhf.recipe import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
+    overrides = [word for word in model_dirs if "=" in word and not Path(word).exists()]
+    directories = [Path(word) for word in model_dirs if word not in overrides]
+    settings = load_recipe(recipe, overrides)
+    if not directories:
+        raise UserError("no model directory given")
     if settings.evaluate is None:
         raise UserError(f"the recipe {recipe} has no section `evaluate`")
-    for directory in model_dirs:
+    for directory in directories:
         if not (directory / "config.json").is_file():
             raise MissingInput(f"{directory} holds no config.json, so it is no Hugging Face model directory")
     if output and not output.parent.is_dir():
         raise MissingInput(f"--output: no directory {output.parent}")
     from stages.evaluate import evaluate_directories
 
-    evaluate_directories(settings, [str(directory) for directory in model_dirs], output)
+    evaluate_directories(settings, [str(directory) for directory in directories], output)
 
 
 @app.command()

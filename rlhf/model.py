@@ -149,6 +149,9 @@ def load_causal_lm(
 
     Code that lies beside it is run with `remote_code` only.
     """
+    kinds = _load_config(directory, remote_code).architectures or []
+    if any("SequenceClassification" in kind for kind in kinds):
+        raise UserError(f"{directory} is a reward model or another classifier ({', '.join(kinds)}), not a causal LM")
     return _load(AutoModelForCausalLM, directory, dtype, remote_code)
 
 
@@ -247,7 +250,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     model.save_pretrained(temporary, safe_serialization=True)
     tokenizer.save_pretrained(temporary)
     write_atomically(temporary / "README.md", card)
+    umask = os.umask(0)
+    os.umask(umask)
     for path in _files(temporary):
+        path.chmod(0o666 & ~umask)  # safetensors makes files that nobody else can read
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if directory.exists():  # left by a run that was killed before its stage was complete

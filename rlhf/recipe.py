@@ -304,9 +304,40 @@ class Recipe(Section):
             raise ValueError("`base` names the model to begin with, since pretrain is not among the stages")
         if self.base is not None and "pretrain" in self.stages:
             raise ValueError("either `base` or the stage pretrain, not both")
+        if "pretrain" in self.stages:
+            assert self.pretrain is not None
+            longest = {"pretrain.sequence_length": self.pretrain.sequence_length}
+            if "sft" in self.stages and self.sft:
+                longest["sft.max_tokens"] = self.sft.max_tokens
+            for key, tokens in longest.items():
+                if tokens > self.model.context:
+                    raise ValueError(f"{key} is {tokens}, more than model.context, which is {self.model.context}")
         if "ppo" in self.stages and "reward" not in self.stages:
             raise ValueError("ppo needs a judge: add the stage reward (`reward: {from: DIR}` takes an existing one)")
         return self
+
+
+def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int, int]:
+    """(rows of one forward pass on one process, forward passes of one optimiser step) of a stage that trains.
+
+    Raises RecipeError where the rows of a step don't divide evenly; nothing is rounded in silence.
+    """
+    section: Any = getattr(recipe, stage)
+    if stage == "pretrain":
+        rows, what = section.tokens_per_step // section.sequence_length, "tokens_per_step / sequence_length"
+    elif stage == "ppo":
+        rows, what = section.episodes_per_update // section.minibatches, "episodes_per_update / minibatches"
+    else:
+        what = "dialogues_per_step" if stage == "sft" else "pairs_per_step"
+        rows = getattr(section, what)
+    if rows % processes:
+        raise RecipeError(f"{stage}: {what} is {rows}, which is not a multiple of the {processes} processes")
+    mine = rows // processes
+    size = section.microbatch_size or mine
+    if mine % size:
+        share = f"the share of each of {processes} processes in " if processes > 1 else ""
+        raise RecipeError(f"{stage}.microbatch_size: {size} does not divide {mine}, {share}{what}")
+    return size, mine // size
 
 
 def _check_name(name: str) -> str:
@@ -353,7 +384,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) 
     raw = _read_yaml(path)
     for override in overrides:
         _apply(raw, override)
-    return parse_recipe(raw, str(path))
+    return parse_recipe(raw, f"{path} with {' '.join(overrides)}" if overrides else str(path))
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
@@ -400,11 +431,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}), so not a recipe") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        why = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise RecipeError(f"{path}: not valid YAML: {why}") from None
     except (ValueError, RecursionError) as error:  # a date out of range, a thousand brackets
         raise RecipeError(f"{path}: not valid YAML: {error or 'nested too deeply'}") from None
     if raw is None:
-        raise RecipeError(f"{path}: empty; a recipe has at least `name` and `stages`")
+        raise RecipeError(f"{path}: empty; a recipe has at least `name` and a section for each of its `stages`")
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
     return raw
@@ -534,7 +566,7 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
         if isinstance(value, BaseModel):
             found |= {f"{key}.{inner}": v for inner, v in result_fields(value).items()}
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
-            found[key] = [result_fields(item) for item in value]
+            found[key] = [{k: v for k, v in result_fields(item).items() if v is not None} for item in value]
         elif isinstance(value, tuple):
             found[key] = list(value)
         else:

@@ -98,9 +98,14 @@ def load_tokenizer(directory: str | Path, *, remote_code: bool = False) -> PreTr
     Code that lies beside it is run with `remote_code` only.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=remote_code)
+        found = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
         raise MissingInput(f"no tokenizer could be loaded from {directory}: {str(error).splitlines()[0]}") from None
+    if not encode_texts(found, ["The quick brown fox"])[0]:  # transformers makes an empty one where there is none
+        raise MissingInput(
+            f"{directory} holds no tokenizer (tokenizer.json): no text can be encoded with what is there"
+        )
+    return found
 
 
 # Documents

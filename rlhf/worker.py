@@ -8,9 +8,10 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from rlhf.chain import check_inputs, finish_stage, prepare
+from rlhf.chain import Plan, check_inputs, finish_stage, prepare, take_back
 from rlhf.errors import Interrupted, RlhfError, UserError
 from rlhf.job import Job
 from rlhf.launch import TRAINING, threads_of
@@ -39,7 +40,7 @@ def main() -> int:
 
 
 def run_under_launcher(
-    recipe: Recipe, stage: StageName, runs_dir: Path, *, fresh: bool, command: str, recipe_name: str
+    recipe: Recipe, stage: StageName, runs_dir: Path, *, fresh: bool, command: str, again: Callable[[str], str]
 ) -> int:
     """Runs one stage in a process that a launcher has started, beside others that do the same; the exit code.
 
@@ -53,15 +54,16 @@ def run_under_launcher(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads_of(recipe, local))  # launchers set one thread
     team = join_team()
-    lock = run.lock()
+    lock, plans = run.lock(), list[Plan | None]()
 
     def decide() -> str:
         try:
-            check_inputs(recipe, (stage,))
+            check_inputs(recipe, (stage,), team.size)
             run.create()
             lock.__enter__()
             run.write_recipe(recipe)
-            return "run" if prepare(recipe, stage, run, fresh=fresh, command=command, recipe_name=recipe_name) else ""
+            plans.append(prepare(recipe, stage, run, fresh=fresh, command=command, again=again))
+            return "run" if plans[0] else ""
         except UserError as error:
             return f"error: {error}"
 
@@ -78,7 +80,10 @@ def run_under_launcher(
         _redirect(rank, folder)
         announce(folder, rank)
         team.check_same("the recipe", dump_recipe(recipe))
-        return run_rank(recipe, stage, run, team, interrupts)
+        code = run_rank(recipe, stage, run, team, interrupts)
+        if plans and plans[0] and code == UserError.exit_code:
+            take_back(plans[0])
+        return code
     finally:
         if team.is_main and decision == "run":
             run.write_summary()

@@ -1,18 +1,21 @@
-"""What several stages do alike: open their data, find the model that they start from, batch arithmetic."""
+"""What several stages do alike: open their data, find the model that they start from, order rows, check lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
-from rlhf.errors import RecipeError
+from rlhf.errors import DataError, RecipeError
 from rlhf.recipe import Recipe, Source, StageName, upstream
 from rlhf.rundir import RunDir
 from rlhf.runtime import derive_seed, log
 from rlhf.tinyworld.words import Split
+
+T = TypeVar("T")
 
 
 def open_data(recipe: Recipe, stage: str, sources: tuple[Source, ...], kind: data.Kind, split: Split) -> data.DataSet:
@@ -51,18 +54,36 @@ def runs_code(recipe: Recipe, model: str) -> bool:
     return model in recipe.trust_remote_code or (not brought and recipe.base in recipe.trust_remote_code)
 
 
-def accumulation(rows: int, microbatch: int | None, processes: int, what: str) -> tuple[int, int]:
-    """(rows of one forward pass on one process, forward passes of one optimiser step).
+def check_context(model: PreTrainedModel, key: str, tokens: int) -> None:
+    """Raises RecipeError where a model's context has no room for so many tokens."""
+    context = context_of(model)
+    if tokens > context:
+        raise RecipeError(f"{key} is {tokens}, more than the model's context of {context} tokens")
 
-    Raises RecipeError where the rows of a step don't divide evenly; nothing is rounded in silence.
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens a model can read; a very large number where its configuration doesn't say."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def fitting(
+    prompts: list[T], length: Callable[[T], int], model: PreTrainedModel, max_tokens: int, what: str
+) -> list[T]:
+    """The prompts whose responses of `max_tokens` fit into the model's context; says how many don't.
+
+    Raises DataError where none does.
     """
-    if rows % processes:
-        raise RecipeError(f"{what} {rows} is not a multiple of the {processes} processes")
-    mine = rows // processes
-    size = microbatch or mine
-    if mine % size:
-        raise RecipeError(f"microbatch_size {size} does not divide {mine}, the share of one process in {what} {rows}")
-    return size, mine // size
+    room = context_of(model) - max_tokens
+    fit = [prompt for prompt in prompts if length(prompt) <= room]
+    if len(fit) < len(prompts):
+        log(
+            f"{what}: {len(prompts) - len(fit)} of {len(prompts)} prompts have more than {room} tokens and are left out"
+        )
+    if not fit:
+        raise DataError(
+            f"{what}: no prompt leaves room for a response of {max_tokens} tokens in a context of {context_of(model)}"
+        )
+    return fit
 
 
 BUCKET = 16  # steps whose rows are sorted by length together

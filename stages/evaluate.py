@@ -154,14 +154,14 @@ def _print_table(results: dict[str, Any], shots: tuple[int, ...]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title="held-out documents", title_justify="left")
     for heading in ("model", "perplexity", "bits per byte"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
     for name, result in results.items():
         low, high = result["bits_per_byte_ci95"]
         table.add_row(name, f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}]")
     console.print(table)
     table = Table(title="few-shot accuracy by number of demonstrations", title_justify="left")
     table.add_column("task")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for count in shots:
         table.add_column(str(count), justify="right")
     first = next(iter(results.values()))["fewshot"]

@@ -40,7 +40,7 @@ from rlhf.model import (
     model_card,
     save_model,
 )
-from rlhf.recipe import PpoSection, Recipe
+from rlhf.recipe import PpoSection, Recipe, microbatches
 from rlhf.rollout import CacheEngine, Response, uniforms
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver, once
@@ -48,7 +48,7 @@ from rlhf.team import Team
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import best_response, gold_reward
 from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer
-from stages.common import accumulation, card_facts, open_data, report_faults, runs_code, starting_model
+from stages.common import card_facts, fitting, open_data, report_faults, runs_code, starting_model
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 
@@ -113,10 +113,10 @@ def run(job: Job) -> dict[str, Any]:
     remote_code = runs_code(recipe, start)
     tokenizer = load_tokenizer(start, remote_code=remote_code)
     roles = _load_roles(settings, start, str(run.stage("reward").model), tokenizer, accelerator, remote_code)
-    prompts = _prompts(recipe, settings, tokenizer, "train")
-    test = _prompts(recipe, settings, tokenizer, "test")
+    prompts = _prompts(recipe, settings, tokenizer, roles.policy, "train")
+    test = _prompts(recipe, settings, tokenizer, roles.policy, "test")
     minibatch = settings.episodes_per_update // settings.minibatches
-    size, passes = accumulation(minibatch, settings.microbatch_size, job.team.size, "episodes_per_update / minibatches")
+    size, passes = microbatches(recipe, "ppo", job.team.size)
     log(
         f"ppo: policy {count_parameters(roles.policy):,} and critic {count_parameters(roles.critic):,} parameters; "
         f"{settings.updates} updates of {settings.episodes_per_update} episodes, {settings.epochs} epochs x "
@@ -200,12 +200,15 @@ def _load_roles(
     return Roles(policy.to(accelerator.device), reference, critic.to(accelerator.device), RewardModelJudge(scorer))
 
 
-def _prompts(recipe: Recipe, settings: PpoSection, tokenizer: PreTrainedTokenizerBase, split: Any) -> list[Prompt]:
+def _prompts(
+    recipe: Recipe, settings: PpoSection, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, split: Any
+) -> list[Prompt]:
     sources = settings.prompts if split == "train" else settings.test_prompts
     dataset = open_data(recipe, "ppo", sources, "prompts", split)
     found = [Prompt(messages, encode_prompt(tokenizer, messages)) for messages in dataset]
     report_faults(dataset)
-    return found
+    key = "ppo.prompts" if split == "train" else "ppo.test_prompts"
+    return fitting(found, lambda prompt: len(prompt.ids), policy, settings.sampling.max_tokens, key)
 
 
 def _end_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -23,12 +23,12 @@ from rlhf.errors import StageFailed
 from rlhf.functional.masked import widened
 from rlhf.job import Job
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups, model_card, save_model
-from rlhf.recipe import PretrainSection, Recipe
+from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver, once
 from rlhf.team import Team
 from rlhf.tokenizer import begin_id, encode_documents, load_tokenizer, token_info
-from stages.common import accumulation, card_facts, open_data, report_faults
+from stages.common import card_facts, open_data, report_faults
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 QUICK_VALIDATION = 100  # documents of the validations on the way; the last one takes all
@@ -47,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
 
     steps = math.ceil(settings.tokens / settings.tokens_per_step)
     rows = settings.tokens_per_step // settings.sequence_length
-    size, passes = accumulation(rows, settings.microbatch_size, job.team.size, "tokens_per_step's rows")
+    size, passes = microbatches(recipe, "pretrain", job.team.size)
     log(
         f"pretrain: {count_parameters(model):,} parameters; {steps:,} steps of {settings.tokens_per_step:,} tokens = "
         f"{rows} rows of {settings.sequence_length} ({job.team.size} processes x {passes} microbatches x "

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -32,18 +32,35 @@ from rlhf.model import (
     scale_last_norm,
     use_special_tokens,
 )
-from rlhf.recipe import CollectSection, RewardSection
+from rlhf.recipe import CollectSection, RewardSection, microbatches
 from rlhf.rollout import CacheEngine, uniforms
 from rlhf.rundir import write_atomically
-from rlhf.runtime import Bar, derive_seed, log
+from rlhf.runtime import Bar, derive_seed, device, log
 from rlhf.saver import once
 from rlhf.team import Team
 from rlhf.tinyworld.dialogues import shuffled_prompts
 from rlhf.tinyworld.oracle import gold_reward, prefers_first
 from rlhf.tinyworld.words import Draw
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer
-from stages.common import accumulation, card_facts, open_data, report_faults, runs_code, starting_model, training_order
+from stages.common import (
+    card_facts,
+    context_of,
+    fitting,
+    open_data,
+    report_faults,
+    runs_code,
+    starting_model,
+    training_order,
+)
 from stages.trl_glue import run_trainer, trainer_arguments
+
+NOT_MEASURED: dict[str, Any] = {
+    "pairs_test": 0,
+    "accuracy": None,
+    "accuracy_ci95": None,
+    "length_baseline_accuracy": None,
+    "length_baseline_accuracy_ci95": None,
+}
 
 
 class Pair(NamedTuple):
@@ -64,23 +81,29 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = load_tokenizer(start, remote_code=remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"{start} has no chat template; run the stage sft first, or name a chat model as base")
-    train, test = _comparisons(job, settings, tokenizer, start)
-
-    trained: dict[str, Any] = {}
+    trained: dict[str, Any] = {"pairs_train": 0}
     if settings.from_:
         judge_code = runs_code(recipe, settings.from_)
-        model = load_scorer(settings.from_, remote_code=judge_code)
+        model = load_scorer(settings.from_, remote_code=judge_code).to(device())
         _check_same_tokenizer(settings.from_, tokenizer, judge_code)
+        test = _comparisons(job, settings, tokenizer, start, model, "test")
     else:
-        model, trained = _trained(job, settings, start, tokenizer, train)
+        torch.manual_seed(derive_seed(recipe.seed, "reward", "head"))
+        model = load_scorer(start, fresh_head=True, remote_code=remote_code)
+        train = _comparisons(job, settings, tokenizer, start, model, "train")
+        test = _comparisons(job, settings, tokenizer, start, model, "test")
+        trained = _train(job, settings, model, tokenizer, train)
         _normalise(job.team, model, train)
-    measured = _measure(job.team, model, test, settings.gold_margin)
+    measured = _measure(job.team, model, test, settings.gold_margin) if test else NOT_MEASURED
     summary = {"parameters": count_parameters(model), **trained, **measured}
-    log(
-        f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']} held-out pairs; "
-        f"'longer wins' has {summary['length_baseline_accuracy']:.3f}"
-        + (f"; gold accuracy {summary['gold_accuracy']:.3f}" if summary.get("gold_accuracy") is not None else "")
-    )
+    if test:
+        log(
+            f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']} held-out pairs; "
+            f"'longer wins' has {summary['length_baseline_accuracy']:.3f}"
+            + (f"; gold accuracy {summary['gold_accuracy']:.3f}" if summary.get("gold_accuracy") is not None else "")
+        )
+    else:
+        log("reward: the judge is taken as it is; without comparisons (`reward.test`) its accuracy is not known")
     card = model_card(
         f"{recipe.name}: reward model",
         "Scores a conversation at its last token. Subtract `score_mean` of config.json from the output.",
@@ -95,34 +118,35 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _comparisons(
-    job: Job, settings: RewardSection, tokenizer: PreTrainedTokenizerBase, start: str
-) -> tuple[list[Pair], list[Pair]]:
-    """The comparisons to learn from and to measure on, none longer than the recipe allows."""
-    parts: list[list[Pair]] = [[], []]
+    job: Job,
+    settings: RewardSection,
+    tokenizer: PreTrainedTokenizerBase,
+    start: str,
+    model: PreTrainedModel,
+    split: Literal["train", "test"],
+) -> list[Pair]:
+    """The comparisons to learn from or to measure on, none longer than the recipe and the model's context allow.
+
+    Raises DataError where there is none, unless an existing judge is taken and none were asked for.
+    """
+    found: list[Pair] = []
     if settings.collect:
-        model = load_causal_lm(start, remote_code=runs_code(job.recipe, start))
-        for part, split, prompts in zip(
-            parts, ("train", "test"), (settings.collect.train_prompts, settings.collect.test_prompts), strict=True
-        ):
-            part += _collect(job, settings.collect, model, tokenizer, split, prompts)
-            if job.team.is_main:
-                _save_comparisons(part, job.directory.path / f"comparisons.{split}.jsonl")
-    for part, sources in zip(parts, (settings.train, settings.test), strict=True):
-        if sources:
-            dataset = open_data(job.recipe, "reward", sources, "comparisons", "train")
-            part += [_tokenised(tokenizer, comparison) for comparison in dataset]
-            report_faults(dataset)
-    for name, part in zip(("train", "test"), parts, strict=True):
-        fit = [pair for pair in part if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= settings.max_tokens]
-        if len(fit) < len(part):
-            log(
-                f"reward: {len(part) - len(fit)} of {len(part)} {name} pairs are longer than {settings.max_tokens} "
-                "tokens and left out"
-            )
-        part[:] = fit
-        if not part and not (name == "train" and settings.from_):
-            raise DataError(f"reward.{name}: no comparison of at most {settings.max_tokens} tokens")
-    return parts[0], parts[1]
+        sft = load_causal_lm(start, remote_code=runs_code(job.recipe, start)).to(device())
+        found += _collect(job, settings.collect, sft, tokenizer, split)
+        if job.team.is_main:
+            _save_comparisons(found, job.directory.path / f"comparisons.{split}.jsonl")
+    sources = settings.train if split == "train" else settings.test
+    if sources:
+        dataset = open_data(job.recipe, "reward", sources, "comparisons", "train")
+        found += [_tokenised(tokenizer, comparison) for comparison in dataset]
+        report_faults(dataset)
+    longest = min(settings.max_tokens, context_of(model))
+    fit = [pair for pair in found if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= longest]
+    if len(fit) < len(found):
+        log(f"reward: {len(found) - len(fit)} of {len(found)} {split} pairs are longer than {longest} tokens, left out")
+    if not fit and (found or not settings.from_):
+        raise DataError(f"reward.{split}: no comparison of at most {longest} tokens")
+    return fit
 
 
 def _collect(
@@ -130,15 +154,16 @@ def _collect(
     settings: CollectSection,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    split: Any,
-    n_prompts: int,
+    split: Literal["train", "test"],
 ) -> list[Pair]:
     """Samples responses and has every two different ones of a prompt compared by a simulated labeller."""
     seed = derive_seed(job.recipe.seed, "reward", split)
-    prompts = shuffled_prompts(split, seed, n_prompts)
+    prompts = shuffled_prompts(split, seed, settings.train_prompts if split == "train" else settings.test_prompts)
     each = settings.responses_per_prompt
-    asked = [prompt for prompt in prompts for _ in range(each)]
-    prompt_ids = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in asked]
+    encoded = [(prompt, encode_prompt(tokenizer, [{"role": "user", "content": prompt}])) for prompt in prompts]
+    fit = fitting(encoded, lambda prompt: len(prompt[1]), model, settings.sampling.max_tokens, "reward.collect")
+    asked = [prompt for prompt, _ in fit for _ in range(each)]
+    prompt_ids = [ids for _, ids in fit for _ in range(each)]
     responses = _sampled(job, settings, model, tokenizer, split, prompt_ids, seed)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     labeller = Draw("labeller", seed)
@@ -224,15 +249,14 @@ def _check_same_tokenizer(directory: str, tokenizer: PreTrainedTokenizerBase, re
 # Training
 
 
-def _trained(
-    job: Job, settings: RewardSection, start: str, tokenizer: PreTrainedTokenizerBase, train: list[Pair]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _train(
+    job: Job, settings: RewardSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: list[Pair]
+) -> dict[str, Any]:
+    """Trains the model in place; returns what the summary says of it."""
     seed = job.recipe.seed
-    torch.manual_seed(derive_seed(seed, "reward", "head"))
-    model = load_scorer(start, fresh_head=True, remote_code=runs_code(job.recipe, start))
     scale_last_norm(model)
     use_special_tokens(model, tokenizer)
-    size, passes = accumulation(settings.pairs_per_step, settings.microbatch_size, job.team.size, "pairs_per_step")
+    size, passes = microbatches(job.recipe, "reward", job.team.size)
     steps = max(1, round(settings.epochs * len(train) / settings.pairs_per_step))
     log(
         f"reward: {count_parameters(model):,} parameters; {len(train):,} pairs, {settings.epochs} epochs = {steps} "
@@ -268,7 +292,7 @@ def _trained(
     trainer = RewardTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     run_trainer(trainer, job, steps, figures, settings.log_every)
     model.eval()
-    return model, {"steps": steps, "pairs_train": len(train)}
+    return {"steps": steps, "pairs_train": len(train)}
 
 
 def _scored(team: Team, model: PreTrainedModel, pairs: list[Pair]) -> dict[tuple[int, ...], float]:

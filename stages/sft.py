@@ -23,12 +23,21 @@ from rlhf.model import (
     save_model,
     use_special_tokens,
 )
-from rlhf.recipe import Recipe, SftSection
+from rlhf.recipe import Recipe, SftSection, microbatches
 from rlhf.rollout import CacheEngine, uniforms
 from rlhf.runtime import derive_seed, log
 from rlhf.team import Team
 from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat
-from stages.common import accumulation, card_facts, open_data, report_faults, runs_code, starting_model, training_order
+from stages.common import (
+    card_facts,
+    check_context,
+    fitting,
+    open_data,
+    report_faults,
+    runs_code,
+    starting_model,
+    training_order,
+)
 from stages.trl_glue import run_trainer, trainer_arguments
 
 IGNORED = -100  # the label of a token that is not learned
@@ -50,9 +59,8 @@ def run(job: Job) -> dict[str, Any]:
 
     train, too_long = _encoded(recipe, settings, tokenizer, "train")
     validation, _ = _encoded(recipe, settings, tokenizer, "validation")
-    size, passes = accumulation(
-        settings.dialogues_per_step, settings.microbatch_size, job.team.size, "dialogues_per_step"
-    )
+    size, passes = microbatches(recipe, "sft", job.team.size)
+    check_context(model, "sft.max_tokens", settings.max_tokens)
     log(
         f"sft: {count_parameters(model):,} parameters; {settings.steps} steps of {settings.dialogues_per_step} "
         f"dialogues ({job.team.size} processes x {passes} microbatches x {size}); {len(train):,} dialogues, "
@@ -193,7 +201,9 @@ def _share_ended(
 ) -> dict[str, Any]:
     """The share of sampled responses that stop by themselves, and a few of them for the eye."""
     dataset = open_data(job.recipe, "sft", settings.validation, "conversations", "validation")
-    prompts: list[Messages] = [messages[:-1] for messages in dataset][: settings.sampled_prompts]
+    asked: list[Messages] = [messages[:-1] for messages in dataset]
+    encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in asked[: settings.sampled_prompts]]
+    prompts = fitting(encoded, lambda prompt: len(prompt[1]), model, settings.sampling.max_tokens, "sft.sampling")
     engine = CacheEngine(
         model,
         end_ids=[tokenizer.eos_token_id],
@@ -205,11 +215,11 @@ def _share_ended(
     responses = job.team.share(
         range(len(prompts)),
         lambda mine: engine.generate(
-            [encode_prompt(tokenizer, prompts[index]) for index in mine],
+            [prompts[index][1] for index in mine],
             uniforms(seed, 0, mine, settings.sampling.max_tokens),
         ),
     )
-    for prompt, response in list(zip(prompts, responses, strict=True))[:3]:
+    for (prompt, _), response in list(zip(prompts, responses, strict=True))[:3]:
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         log(f"sft: {prompt[-1]['content']} -> {text}")
     ended = sum(response.ended for response in responses)
