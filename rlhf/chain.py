@@ -21,7 +21,7 @@ import rlhf
 from rlhf.data.files import source_files
 from rlhf.errors import MissingInput, UserError
 from rlhf.launch import TRAINING, run_processes
-from rlhf.recipe import Recipe, Source, StageName, microbatches, needs_base, result_fields, upstream
+from rlhf.recipe import STAGES, Recipe, Source, StageName, microbatches, needs_base, result_fields, upstream
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, write_json
 
 # What a stage stands on
@@ -258,18 +258,25 @@ def _check_model_directory(key: str, name: str) -> None:
 
 
 def check_upstream(recipe: Recipe, stage: StageName, run: RunDir, again: Callable[[str], str]) -> None:
-    """Raises MissingInput, naming the command, where a stage that this one stands on isn't done."""
-    for name in upstream(recipe, stage):
-        check_upstream(recipe, name, run, again)
-        state = state_of(recipe, name, run)
-        if state.name != "done":
-            what = {"missing": "has not been run", "stale": f"is stale ({state.why})"}.get(
-                state.name, "was interrupted"
-            )
-            raise MissingInput(
-                f"{stage} stands on the stage {name}, which {what} in {run.path}; run\n"
-                f"  {again(name)}\nfirst, or everything:\n  {again('all')}"
-            )
+    """Raises MissingInput, naming the commands, where a stage that this one stands on isn't done."""
+    states = {name: state_of(recipe, name, run) for name in _ancestors(recipe, stage)}
+    missing = [name for name, state in states.items() if state.name != "done"]
+    if missing:
+        state = states[missing[-1]]
+        what = {"missing": "has not been run", "stale": f"is stale ({state.why})"}.get(state.name, "was interrupted")
+        commands = "\n  ".join(again(name) for name in missing)
+        raise MissingInput(
+            f"{stage} stands on the stage {missing[-1]}, which {what} in {run.path}; run\n  {commands}\n"
+            f"first, or everything:\n  {again('all')}"
+        )
+
+
+def _ancestors(recipe: Recipe, stage: StageName) -> list[StageName]:
+    """Every stage that this one stands on, by way of others too, in order."""
+    found = set(upstream(recipe, stage))
+    for name in tuple(found):
+        found |= set(_ancestors(recipe, name))
+    return [name for name in STAGES if name in found]
 
 
 def begin_stage(recipe: Recipe, stage: StageName, run: RunDir, command: str) -> None:

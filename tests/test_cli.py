@@ -84,6 +84,8 @@ def test_a_users_mistake_is_one_clear_message_and_exit_code_two(
 def test_a_stage_out_of_order_names_the_command_that_makes_its_input(tmp_path: Path) -> None:
     done = rlhf("run", "ppo", "--recipe", "quickstart", "--runs-dir", str(tmp_path / "runs"))
     assert done.returncode == 2
-    assert "rlhf run sft --recipe quickstart" in done.stderr
+    assert "ppo stands on the stage reward, which has not been run" in done.stderr
+    for stage in ("tokenizer", "pretrain", "sft", "reward", "all"):
+        assert f"rlhf run {stage} --recipe quickstart --runs-dir {tmp_path / 'runs'}\n" in done.stderr
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
     assert "Traceback" not in done.stderr
