@@ -57,11 +57,14 @@ class Checkpoints:
             log(f"the checkpoint {path} is damaged ({fault}) and passed over")
         return None
 
-    def begin(self, step: int) -> Path:
-        """An empty folder for a checkpoint of this step. Raises StageFailed where the disk has no room for it."""
+    def begin(self, step: int, expected: int = 0) -> Path:
+        """An empty folder for a checkpoint of this step, of about so many bytes.
+
+        Raises StageFailed where the disk has no room for it.
+        """
         for left in self._folder.glob("*.partial"):
             shutil.rmtree(left)
-        self._check_room()
+        self._check_room(expected)
         path = self._folder / f"step-{step}.partial"
         path.mkdir(parents=True)
         return path
@@ -102,13 +105,14 @@ class Checkpoints:
         for path in [path for path in self._sealed() if path != newest][self._keep - 1 :]:
             shutil.rmtree(path)
 
-    def _check_room(self) -> None:
-        """The new checkpoint will be about as large as the last one."""
-        sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in self._sealed()[:1]]
+    def _check_room(self, expected: int) -> None:
+        """The new checkpoint will be as large as expected, or as the last one."""
+        for path in self._sealed()[:1]:
+            expected = max(expected, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
         self._folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._folder).free
-        if sizes and free < sizes[0] + SPARE_BYTES:
-            raise StageFailed(no_room(self._folder, free, sizes[0] + SPARE_BYTES))
+        if expected and free < expected + SPARE_BYTES:
+            raise StageFailed(no_room(self._folder, free, expected + SPARE_BYTES))
 
 
 def _read(path: Path) -> tuple[str, Checkpoint | None]:

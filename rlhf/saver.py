@@ -92,7 +92,8 @@ class Saver:
     def writing(self, step: int, weights: nn.Module) -> Iterator[Path]:
         """A folder that is a checkpoint once what was written in it is whole, on every rank."""
         self._team.check_same(f"the weights after step {step}", fingerprint(weights) if self._team.size > 1 else 0.0)
-        folder = self._team.from_main(lambda: self._store.begin(step))
+        size = sum(parameter.numel() * parameter.element_size() for parameter in weights.parameters())
+        folder = self._team.from_main(lambda: self._store.begin(step, expected=3 * size))  # Adam has two moments
         try:
             save_tree(random_state(), folder, f"random-{self._team.rank}")
             yield folder

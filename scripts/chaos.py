@@ -345,26 +345,25 @@ def disk(references: References, place: Path, stages: tuple[str, ...], each: int
         console.print("disk: no tmpfs can be mounted here (it needs root); not tried")
         return [Row("full disk", "-", 1, notes=["not tried: needs root"])]
     try:
-        for stage in [stage for stage in stages if stage in TRAINING]:
-            for what, room in (("full disk before a checkpoint", 30), ("full disk within a checkpoint", 0)):
-                rows.append(_full(references, mount, what, stage, room))
+        what = "full disk before a checkpoint"
+        rows += [_full(references, mount, what, stage, 30 * 2**20) for stage in stages if stage in TRAINING]
+        if "pretrain" in stages:
+            rows.append(_full(references, mount, "full disk while texts are written", "pretrain", 20_000))
         rows.append(_read_only(references, mount))
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=False)
     return rows
 
 
-def _full(references: References, mount: Path, what: str, stage: str, room: int) -> Row:
-    """`room` MiB are left, or too little for the files of one checkpoint."""
+def _full(references: References, mount: Path, what: str, stage: str, left: int) -> Row:
+    """So many bytes are left: too little for the next checkpoint, or for what comes before the first one."""
     row = Row(what, stage, 1, tries=1)
     runs = interrupted_with_checkpoints(references, mount, stage, 1)
-    if not room:  # without a checkpoint nothing is known of its size, and the disk fills while it is written
-        shutil.rmtree(stage_folder(runs, stage) / "checkpoints")
+    if "texts" in what:
+        shutil.rmtree(stage_folder(runs, stage) / "texts")
     kept = sorted(path.name for path in (stage_folder(runs, stage) / "checkpoints").glob("step-*[0-9]"))
     filler = mount / "filler"
-    left = room * 2**20 or 150_000
     with filler.open("wb") as file:
-        file.truncate(0)
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(mount).free - left)
     code, output = run(stage, runs, 1)
     row.faults += [] if code == 1 else [f"exit code {code}"]

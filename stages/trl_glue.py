@@ -81,7 +81,7 @@ def run_trainer(trainer: Trainer, job: Job, steps: int, figures: dict[str, str],
     loop = TrainerLoop(job.stage, steps, saver, metrics, figures, log_every, found)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(loop)
-    with saver.training():
+    with saver.training(), loop.writing:
         trainer.train(resume_from_checkpoint=str(trainer_part(found)) if found else None)
         if loop.stopped_at is not None:
             raise saver.interrupted(loop.stopped_at)
@@ -114,7 +114,7 @@ class TrainerLoop(TrainerCallback):
         self._window: list[dict[str, float]] = []  # the steps since the last line
         if found:
             self._window = json.loads((found.path / "window.json").read_text(encoding="utf-8"))
-        self._writing = ExitStack()
+        self.writing = ExitStack()  # what is half written when the trainer fails is thrown away
         self._folder: Path | None = None
         self.stopped_at: int | None = None
 
@@ -132,7 +132,7 @@ class TrainerLoop(TrainerCallback):
         """Has the trainer write a checkpoint into a folder of ours where one is due, and stop where it is to."""
         save, stop = self._saver.decide(state.global_step, last=state.global_step == self._steps)
         if save:
-            self._folder = self._writing.enter_context(self._saver.writing(state.global_step, model))
+            self._folder = self.writing.enter_context(self._saver.writing(state.global_step, model))
             args.output_dir = str(self._folder)
             control.should_save = True
         if stop:
@@ -144,7 +144,7 @@ class TrainerLoop(TrainerCallback):
         assert self._folder is not None
         if state.is_world_process_zero:
             (self._folder / "window.json").write_text(json.dumps(self._window), encoding="utf-8")
-        self._writing.close()
+        self.writing.close()
 
     def on_log(
         self,

@@ -22,6 +22,11 @@ from rlhf.checkpoint import (
     set_random_state,
 )
 from rlhf.errors import StageFailed
+from rlhf.job import Job
+from rlhf.recipe import load_recipe
+from rlhf.rundir import RunDir
+from rlhf.saver import Saver, once
+from tests.conftest import TINY_RECIPE
 
 
 def write(store: Checkpoints, step: int, **facts: Any) -> Path:
@@ -100,6 +105,53 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(StageFailed, match="no room on the disk"):
         store.begin(2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    with pytest.raises(StageFailed, match="no room on the disk"):  # the first one too, if its size can be told
+        Checkpoints(tmp_path / "new").begin(1, expected=1)
+
+
+def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up in the middle of a file, as a write in Python, NumPy or Rust reports it."""
+    recipe = load_recipe(str(TINY_RECIPE), ["checkpoints.every_steps=1"])
+    (tmp_path / "pretrain").mkdir()
+    job = Job(recipe, RunDir(tmp_path), "pretrain")
+    saver = Saver(job, job.metrics())
+    weights = torch.nn.Linear(3, 3)
+    saver.after_step(1, 9, lambda: {"weights": weights.state_dict()}, weights)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlhf.saver.save_tree", full)
+    with pytest.raises(OSError, match="No space left"):
+        saver.after_step(2, 9, lambda: {"weights": weights.state_dict()}, weights)
+    assert [path.name for path in (tmp_path / "pretrain/checkpoints").iterdir()] == ["step-1"]
+    monkeypatch.undo()
+    found = Saver(job, job.metrics()).resume()
+    assert found is not None
+    assert found.step == 1
+    saver.after_step(2, 9, lambda: {"weights": weights.state_dict()}, weights)
+    assert sorted(path.name for path in (tmp_path / "pretrain/checkpoints").iterdir()) == ["step-1", "step-2"]
+
+
+def test_what_is_made_once_is_used_again_unless_it_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    job = Job(load_recipe(str(TINY_RECIPE)), RunDir(tmp_path), "sft")
+    made = []
+
+    def make(folder: Path) -> dict[str, Any]:
+        made.append(folder)
+        (folder / "numbers").write_bytes(b"123")
+        return {"n": 3}
+
+    for _ in range(2):
+        found = once(job, "numbers", make)
+        assert (found.facts, (found.path / "numbers").read_bytes()) == ({"n": 3}, b"123")
+    assert len(made) == 1
+    flip(found.path / "numbers")
+    assert (once(job, "numbers", make).path / "numbers").read_bytes() == b"123"
+    assert len(made) == 2
 
 
 # Trees

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.errors import StageFailed
 from rlhf.runtime import Interrupts
-from rlhf.team import STOPPED_SECONDS, Team, Watch, lost_contact
+from rlhf.team import STOPPED_SECONDS, PeerWatch, Team, Watch, announce, lost_contact
 from rlhf.worker import disk_full
 from tests.conftest import ROOT
 
@@ -131,6 +131,23 @@ def test_the_watch_finds_the_dead_and_the_stopped_only(monkeypatch: pytest.Monke
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_a_rank_that_does_not_come_to_a_step_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(3):
+        announce(tmp_path, rank)
+    (tmp_path / "rank-1.step").write_text("5\n")
+    (tmp_path / "rank-2.step").write_text("4\n")
+    watch = PeerWatch(tmp_path, Team(0, 3))
+    watch.reached(5)
+    assert watch._behind() is None  # it may need some time
+    monkeypatch.setattr("rlhf.team.BEHIND_SECONDS", -1.0)
+    lost = watch._behind()
+    assert lost is not None
+    assert lost.rank == 2
+    assert "is at step 4 and has not come to step 5" in lost.how
+    watch.met()
+    assert watch._behind() is None
 
 
 @pytest.mark.parametrize(
