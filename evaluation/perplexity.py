@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.scoring import TOKEN_BUDGET, continuation_logprobs
+from rlhf.errors import DataError, StageFailed
 from rlhf.functional.intervals import Estimate, ratio_estimate
 from rlhf.tokenizer import begin_id, encode_texts
 
@@ -90,7 +91,14 @@ def score_documents(
 
 
 def perplexity(scores: list[DocumentScore]) -> Perplexity:
-    """All documents together: sums first, one division. Raises ValueError where there is no token."""
+    """All documents together: sums first, one division.
+
+    Raises DataError where there is no token, StageFailed where the model's scores are not numbers.
+    """
+    if not any(score.tokens for score in scores):
+        raise DataError("the held-out texts are all empty: there is nothing to measure")
+    if not all(math.isfinite(score.nats) for score in scores):
+        raise StageFailed("the model's log-probabilities on the held-out texts are not numbers: its weights are broken")
     nats = [score.nats for score in scores]
     bits = [score.nats / math.log(2) for score in scores]
     return Perplexity(

@@ -21,8 +21,19 @@ import rlhf
 from rlhf.data.files import source_files
 from rlhf.errors import MissingInput, UserError
 from rlhf.launch import TRAINING, run_processes
-from rlhf.recipe import STAGES, Recipe, Source, StageName, microbatches, needs_base, result_fields, upstream
-from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, write_json
+from rlhf.recipe import (
+    STAGES,
+    FewShotSection,
+    Recipe,
+    Source,
+    StageName,
+    microbatches,
+    needs_base,
+    result_fields,
+    upstream,
+)
+from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, read_json, write_json
+from rlhf.tinyworld.incontext import MAX_SHOTS
 
 # What a stage stands on
 
@@ -58,9 +69,7 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     for source in sources_in(section):
         inputs["data.on_bad_row"] = recipe.data.on_bad_row
         for path in source_files(source, Path(recipe.data.root)):
-            inputs[f"file {source.path}" if source.path == path.name else f"file {source.path} {path.name}"] = (
-                digest_file(path)
-            )
+            inputs[f"file {_below(path, Path(recipe.data.root))}"] = _digest_input(path)
     if _uses_tinyworld(recipe, stage):
         inputs["tinyworld"] = digest_folder(Path(rlhf.__file__).parent / "tinyworld")
     if needs_base(recipe, stage) and recipe.base:
@@ -70,14 +79,23 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
         inputs["reward.from"] = digest_folder(judge) if judge.is_dir() else recipe.reward.from_
     if stage == "evaluate" and recipe.evaluate:
         for task in recipe.evaluate.fewshot.tasks:
-            folder = Path(recipe.data.root) / task
             if task != "tinyworld":
-                if not folder.is_dir():
-                    raise MissingInput(f"evaluate.fewshot.tasks: no folder {folder} (and `tinyworld` is built in)")
-                inputs[f"tasks {task}"] = digest_folder(folder)
+                _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
+                inputs[f"tasks {task}"] = digest_folder(Path(recipe.data.root) / task)
     for name in upstream(recipe, stage):
         inputs[f"stage {name}"] = run.stage(name).output_digest()
     return inputs
+
+
+def _below(path: Path, root: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
+
+
+def _digest_input(path: Path) -> str:
+    try:
+        return digest_file(path)
+    except OSError as error:
+        raise MissingInput(f"{path}: can't be read: {error.strerror}") from None
 
 
 class State(NamedTuple):
@@ -101,7 +119,10 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
         changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip
     if changed:
         return State("stale", _describe_changes(changed, was, now) if was else "it was never really begun")
-    return State("done") if directory.summary() is not None else State("interrupted")
+    if directory.summary() is None:
+        return State("interrupted")
+    damage = directory.damage()
+    return State("stale", damage) if damage else State("done")
 
 
 def _jsonable(value: Any) -> Any:
@@ -161,6 +182,8 @@ def run_chain(
             except SystemExit:  # the user's input was refused
                 take_back(plan)
                 raise
+            run.write_summary()
+        if todo == 0 and not run.summary_file.exists():
             run.write_summary()
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
@@ -242,17 +265,33 @@ def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) 
             if source.builtin and source.rows is None and stage != "ppo":
                 raise UserError(f"{stage}: the source builtin: {source.builtin} never ends; say how many with rows:")
         if needs_base(recipe, stage) and recipe.base:
-            _check_model_directory("base", recipe.base)
+            _check_model_directory("base", recipe.base, judge=False)
         if stage == "reward" and recipe.reward and recipe.reward.from_:
-            _check_model_directory("reward.from", recipe.reward.from_)
+            _check_model_directory("reward.from", recipe.reward.from_, judge=True)
+        if stage == "evaluate" and recipe.evaluate:
+            _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
 
 
-def _check_model_directory(key: str, name: str) -> None:
+def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
+    for task in fewshot.tasks:
+        if task == "tinyworld" and max(fewshot.shots) > MAX_SHOTS:
+            raise UserError(f"evaluate.fewshot.shots: tinyworld's tasks have at most {MAX_SHOTS} demonstrations")
+        if task != "tinyworld" and not (root / task).is_dir():
+            raise MissingInput(f"evaluate.fewshot.tasks: no folder {root / task} (and `tinyworld` is built in)")
+
+
+def _check_model_directory(key: str, name: str, *, judge: bool) -> None:
     """A local directory must hold a model; what looks like a path must exist; anything else is a hub id."""
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        if config is None:
             raise MissingInput(f"{key}: {path} holds no config.json, so it is no Hugging Face model directory")
+        kinds = config.get("architectures") or []
+        is_judge = any("SequenceClassification" in str(kind) for kind in kinds)
+        if kinds and is_judge != judge:
+            wanted = "a reward model (a sequence classifier)" if judge else "a causal LM"
+            raise UserError(f"{key}: {path} is {', '.join(map(str, kinds))}, not {wanted}")
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MissingInput(f"{key}: no directory {path}")
 
@@ -301,7 +340,8 @@ def begin_stage(recipe: Recipe, stage: StageName, run: RunDir, command: str) -> 
 def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
     """Writes the digest of what came out, then the summary, last: its existence says that the stage is complete."""
     output = digest_folder(directory.model) if directory.model.is_dir() else ""
-    write_json(directory.manifest_file, {**directory.manifest(), "output": output})
+    made = {"output": output, "files": files_in(directory.model)}
+    write_json(directory.manifest_file, {**directory.manifest(), **made})
     write_json(directory.summary_file, summary)
 
 

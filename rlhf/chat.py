@@ -1,14 +1,17 @@
 """`rlhf chat`: a conversation in the terminal."""
 
+import io
 import sys
 from pathlib import Path
 
 import torch
 
-from rlhf.errors import UserError
-from rlhf.model import load_causal_lm
-from rlhf.runtime import derive_seed, device, quiet_libraries, visible
+from rlhf.errors import StageFailed, UserError
+from rlhf.model import check_vocabulary, load_causal_lm
+from rlhf.runtime import derive_seed, device, print_anything, quiet_libraries, visible
 from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer
+
+COLDEST = 1e-3  # below, the likeliest token is taken: dividing by so little overflows
 
 
 def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: float, seed: int) -> None:
@@ -23,7 +26,11 @@ def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: flo
     generator = torch.Generator().manual_seed(derive_seed(seed, "chat"))
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    check_vocabulary(model, tokenizer, directory)
+    print_anything()
     typed = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if typed:
         print("An empty line or Ctrl-D ends the conversation.")
     while True:
@@ -35,7 +42,7 @@ def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: flo
             if typed:
                 return
             continue
-        messages.append({"role": "user", "content": question})
+        messages.append({"role": "user", "content": question.encode("utf-8", "replace").decode()})
         ids = encode_prompt(tokenizer, messages)
         room = min(max_tokens, context - len(ids))
         if room < 1:
@@ -63,7 +70,9 @@ def _answer(
     inputs, answer = torch.tensor([ids]), []
     for _ in range(max_tokens):
         logits = model(input_ids=inputs.to(model.device), past_key_values=cache, use_cache=True).logits[0, -1].float()
-        if temperature == 0:
+        if not logits.isfinite().all():
+            raise StageFailed("the model's logits are not numbers: its weights are broken")
+        if temperature < COLDEST:
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))

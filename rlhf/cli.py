@@ -1,7 +1,9 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
+import errno
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -140,9 +142,12 @@ def evaluate(
     for directory in directories:
         if not (directory / "config.json").is_file():
             raise MissingInput(f"{directory} holds no config.json, so it is no Hugging Face model directory")
-    if output and not output.parent.is_dir():
-        raise MissingInput(f"--output: no directory {output.parent}")
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise MissingInput(f"--output: {output} is a directory" if output.is_dir() else f"no directory {output.parent}")
+    from rlhf.runtime import print_anything
     from stages.evaluate import evaluate_directories
+
+    print_anything()
 
     evaluate_directories(settings, [str(directory) for directory in directories], output)
 
@@ -167,22 +172,35 @@ def chat(
 
 def main() -> int:
     """The entry point: runs the command, turns what rlhf raises on purpose into one message and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(standalone_mode=True)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
     except RlhfError as error:
-        from rlhf.runtime import visible
-
-        print(visible(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
+        return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file or folder that can't be read or written
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return _say(f"{error.filename or 'the file system'}: {error.strerror or error}", 1 if full else 2)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(message: str, code: int) -> int:
+    from rlhf.runtime import print_anything, visible
+
+    print_anything()
+    print(visible(f"error: {message}"), file=sys.stderr)
+    return code

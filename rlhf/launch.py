@@ -55,7 +55,7 @@ class Ranks:
 
     def start(self, run: RunDir, rank: int, environment: dict[str, str]) -> None:
         """Starts one rank, in a session of its own: a Ctrl-C on the terminal comes to this process alone."""
-        command = [sys.executable, "-m", "rlhf.worker", self._stage, str(run.path)]
+        command = [sys.executable, "-P", "-c", START_WORKER, str(PACKAGE_ROOT), self._stage, str(run.path)]
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         self._processes.append(process)
 
@@ -90,7 +90,7 @@ class Ranks:
     def _judge(self, codes: dict[int, int | None]) -> None:
         """Raises what the exit codes mean. None stands for a process that had to be killed."""
         ended = {rank: code for rank, code in codes.items() if code not in (None, 0, LOST_CONTACT)}
-        if self._asked_at is not None or 130 in ended.values():
+        if self._asked_at is not None or {130, -signal.SIGINT, -signal.SIGTERM} & set(ended.values()):
             raise Interrupted("interrupted")
         if not ended and all(code == 0 for code in codes.values()):
             return
@@ -139,6 +139,14 @@ class Ranks:
                 signal.signal(number, handler)
 
 
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+# -P: a file in the user's folder that is called like a library is not imported; an uninstalled checkout must be found
+START_WORKER = """import sys
+root = sys.argv.pop(1)
+if root not in sys.path:
+    sys.path.insert(0, root)
+from rlhf.worker import leave, main
+leave(main())"""
 GO_ON = "The same command goes on from the last checkpoint."
 
 

@@ -171,24 +171,40 @@ def load_scorer(
         raise UserError(f"{directory} is no reward model: its architecture is {config.architectures}")
     if not fresh_head and config.num_labels != 1:
         raise UserError(f"{directory} has {config.num_labels} outputs; a reward model has one")
-    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code, num_labels=1)
+    return _load(
+        AutoModelForSequenceClassification, directory, dtype, remote_code, "score" if fresh_head else "", num_labels=1
+    )
 
 
 def _load_config(directory: str | Path, remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(directory), trust_remote_code=remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a file that is wrong in its own way raises in the libraries
         raise _not_loaded(directory, error) from None
 
 
-def _load(loader: Any, directory: str | Path, dtype: torch.dtype, remote_code: bool, **options: Any) -> PreTrainedModel:
+def _load(
+    loader: Any, directory: str | Path, dtype: torch.dtype, remote_code: bool, fresh: str = "", **options: Any
+) -> PreTrainedModel:
+    """The model, every weight of which must be there, but those whose names begin with `fresh`."""
     _load_config(directory, remote_code)
     try:
-        model: PreTrainedModel = loader.from_pretrained(
-            str(directory), dtype=dtype, trust_remote_code=remote_code, **options
+        model: PreTrainedModel
+        model, found = loader.from_pretrained(
+            str(directory), dtype=dtype, trust_remote_code=remote_code, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # truncated, foreign or unreadable weights: safetensors, torch and others raise their own
         raise _not_loaded(directory, error) from None
+    missing = sorted(name for name in found["missing_keys"] if not (fresh and name.startswith(fresh)))
+    if missing:
+        raise MissingInput(
+            f"{directory}: {len(missing)} weights are missing from its files ({', '.join(missing[:3])}, ...), so the "
+            "model would be partly random"
+        )
     disable_dropout(model)
     return model
 
@@ -199,7 +215,8 @@ def _not_loaded(directory: str | Path, error: Exception) -> MissingInput:
             f"{directory} brings Python code of its own, which is run only where the recipe says so: "
             f"trust_remote_code: ['{directory}']"
         )
-    return MissingInput(f"no model could be loaded from {directory}: {str(error).splitlines()[0]}")
+    why = (str(error).splitlines() or [""])[0]
+    return MissingInput(f"no model could be loaded from {directory}: {type(error).__name__}: {why[:300]}")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -225,6 +242,13 @@ def use_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             setattr(model.generation_config, key, value)
 
 
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Raises UserError where the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"{directory}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,} embeddings")
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -247,6 +271,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         model.generation_config = GenerationConfig(
             **token_info(tokenizer), do_sample=True, temperature=1.0, top_p=1.0, top_k=0
         )
+    model.config.use_cache = True  # trainers switch it off
     model.save_pretrained(temporary, safe_serialization=True)
     tokenizer.save_pretrained(temporary)
     write_atomically(temporary / "README.md", card)

@@ -6,6 +6,7 @@ A field marked `changes_result=False` never makes a finished stage stale (a logg
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ from rlhf.errors import RecipeError
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
+LARGEST_NUMBER = 10**15
 _NO_RESULT: dict[str, Any] = {"changes_result": False}
 
 
@@ -27,6 +29,17 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_sane(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > LARGEST_NUMBER:
+                raise ValueError(f"{key}: {str(value)[:20]} is larger than anything here can be")
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field and field.annotation in (int, float, int | None, float | None):
+                raise ValueError(f"{key}: a number is expected, not {str(value).lower()}")
+        return values
 
 
 class Source(Section):
@@ -39,7 +52,9 @@ class Source(Section):
     subset: str | None = Field(None, description="which configuration of the hub's data set")
     streaming: bool = Field(False, description="read the hub's data set row by row, without downloading it whole")
     rows: int | None = Field(None, ge=1, description="take this many rows (needed for builtin: it never ends)")
-    weight: float = Field(1.0, gt=0, description="how often each row is used: 2 is twice, 0.5 is a random half")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often each row is used: 2 is twice, 0.5 is a random half"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
@@ -65,7 +80,9 @@ class TokenizerSection(Section):
     """Byte-level BPE, trained on the texts of its sources."""
 
     train: Sources = Field(description="texts (or conversations) to learn the merges from")
-    vocab_size: int = Field(1024, ge=264, description="number of tokens, the special ones and the 256 bytes included")
+    vocab_size: int = Field(
+        1024, ge=264, le=2**22, description="number of tokens, the special ones and the 256 bytes included"
+    )
 
 
 class ModelSection(Section):
@@ -91,6 +108,8 @@ class ModelSection(Section):
     def _divides(self) -> ModelSection:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.architecture != "gpt2" and self.width // self.heads % 2:
+            raise ValueError(f"width / heads is {self.width // self.heads}; rotary positions need an even number")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.kv_heads and self.architecture == "gpt2":
@@ -114,7 +133,7 @@ class PretrainSection(Section):
     sequence_length: int = Field(ge=2, description="tokens of one packed row")
     isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
     microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
-    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(gt=0, le=100, description="peak learning rate of AdamW")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with a rising learning rate")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
@@ -134,8 +153,8 @@ class PretrainSection(Section):
 class Sampling(Section):
     """How responses are drawn from a model."""
 
-    max_tokens: int = Field(ge=1, description="longest response in tokens, its end token included")
-    temperature: float = Field(1.0, gt=0, description="divides the logits")
+    max_tokens: int = Field(ge=1, le=2**20, description="longest response in tokens, its end token included")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="divides the logits")
 
 
 class SftSection(Section):
@@ -148,7 +167,7 @@ class SftSection(Section):
     dialogues_per_step: int = Field(ge=1, description="conversations of one optimiser step, over all processes")
     microbatch_size: int | None = Field(None, ge=1, description="conversations of one forward pass; default: all")
     max_tokens: int = Field(ge=8, description="longest conversation in tokens; longer ones are left out and counted")
-    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW, cosine to 10 %")
+    learning_rate: float = Field(gt=0, le=100, description="peak learning rate of AdamW, cosine to 10 %")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -181,7 +200,7 @@ class RewardSection(Section):
     max_tokens: int = Field(
         512, ge=8, description="longest prompt with response in tokens; longer are left out, counted"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW, cosine to 10 %")
+    learning_rate: float = Field(1e-4, gt=0, le=100, description="peak learning rate of AdamW, cosine to 10 %")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -190,6 +209,8 @@ class RewardSection(Section):
 
     @model_validator(mode="after")
     def _has_comparisons(self) -> RewardSection:
+        if any(source.builtin for source in (*self.train, *self.test)):
+            raise ValueError("the built-in world has no comparisons in store; `collect` makes them")
         if self.from_ is None and self.collect is None and not (self.train and self.test):
             raise ValueError("needs comparisons: `collect`, or `train` and `test`, or an existing judge in `from`")
         return self
@@ -212,8 +233,8 @@ class PpoSection(Section):
     minibatches: int = Field(4, ge=1, description="optimiser steps of one epoch")
     microbatch_size: int | None = Field(None, ge=1, description="episodes of one forward pass; default: a minibatch")
     sampling: Sampling = Field(description="how responses are drawn; temperature also scales the policy's logits")
-    learning_rate: float = Field(gt=0, description="of the policy, Adam")
-    critic_learning_rate: float | None = Field(None, gt=0, description="of the critic; default: the policy's")
+    learning_rate: float = Field(gt=0, le=100, description="of the policy, Adam")
+    critic_learning_rate: float | None = Field(None, gt=0, le=100, description="of the critic; default: the policy's")
     critic_from: Literal["reward", "policy"] = Field("reward", description="the weights that the critic starts from")
     critic_warmup: int = Field(0, ge=0, description="first updates in which only the critic learns")
     kl: KlSection = Field(default=KlSection(), description="the penalty that keeps the policy near the reference")
@@ -247,9 +268,11 @@ class FewShotSection(Section):
     """In-context accuracy."""
 
     tasks: tuple[str, ...] = Field(
-        ("tinyworld",), description="`tinyworld`, or folders of TASK.train/.test.jsonl files"
+        ("tinyworld",), min_length=1, description="`tinyworld`, or folders of TASK.train/.test.jsonl files"
     )
-    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 4, 8), description="numbers of demonstrations")
+    shots: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(
+        (0, 1, 2, 4, 8), min_length=1, description="numbers of demonstrations"
+    )
     items: int = Field(200, ge=1, description="items of a task, at most")
 
 
@@ -407,9 +430,15 @@ def find_recipe(name_or_path: str) -> Path:
         if path.stem == name_or_path:
             return path
     path = Path(name_or_path)
-    if path.is_dir():
-        raise RecipeError(f"{path} is a directory, not a recipe file")
-    if not path.exists():
+    try:
+        if path.is_dir():
+            raise RecipeError(f"{path} is a directory, not a recipe file")
+        exists = path.exists()
+        if exists and not path.is_file() and path != Path(os.devnull):
+            raise RecipeError(f"{path} is no plain file, so not a recipe")
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise RecipeError(f"no recipe file {name_or_path[:100]}: {error}") from None
+    if not exists:
         names = [p.stem for p in shipped_recipes()]
         raise RecipeError(f"no recipe file {path}, and no shipped recipe has that name" + _nearest(name_or_path, names))
     return path
@@ -420,10 +449,11 @@ MAX_RECIPE_BYTES = 1_000_000
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_RECIPE_BYTES else None
+        with path.open("rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: can't be read: {error.strerror}") from None
-    if data is None:
+    if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES:,} bytes, so not a recipe")
     try:
         text = data.decode("utf-8-sig")
@@ -442,15 +472,38 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
+_SCALARS = {  # what counts as more than text, as YAML 1.2 has it: no 1:30, no 010, no yes; 1e-4 is a number
+    "tag:yaml.org,2002:bool": ("^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "tag:yaml.org,2002:int": ("^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"^(?:[-+]?(?:[0-9][0-9_]*)?\.?[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
+}
+
+
+def _resolve_as_we_do(kind: Any) -> None:
+    """Gives a loader or dumper our rules for plain scalars."""
+    kind.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag not in _SCALARS]
+        for first, rules in kind.yaml_implicit_resolvers.items()
+    }
+    for tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        pattern, firsts = _SCALARS[tag]
+        kind.add_implicit_resolver(tag, re.compile(pattern), list(firsts))
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML with two changes: a key that comes twice is an error, and 1e-4 is a number (YAML 1.2) instead of text."""
+    """YAML's safe part; a key that comes twice is an error."""
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _StrictDumper(yaml.SafeDumper):
+    """Writes what `_StrictLoader` reads back: text that looks like a number is quoted."""
+
+
+_resolve_as_we_do(_StrictLoader)
+_resolve_as_we_do(_StrictDumper)
 
 
 def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -480,11 +533,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place = raw
     for parent in parents:
-        inner = place.setdefault(parent, {})
-        if inner is None:
-            inner = place[parent] = {}
-        if not isinstance(inner, dict):
+        inner = place.get(parent)
+        if inner is not None and not isinstance(inner, dict):
             raise RecipeError(f"override {override!r}: {parent} is not a section")
+        inner = place[parent] = dict(inner or {})  # a copy: an anchor may have made it part of another section too
         place = inner
     place[last] = value
 
@@ -508,7 +560,9 @@ def _explain(error: Any) -> str:
 
 def _nearest_choice(given: Any, error: Any) -> str:
     expected = str((error.get("ctx") or {}).get("expected", ""))
-    return _nearest(str(given), re.findall(r"'([^']+)'", expected)) if error["type"] == "literal_error" else ""
+    if error["type"] != "literal_error" or not isinstance(given, str):
+        return ""
+    return _nearest(given[:100], re.findall(r"'([^']+)'", expected))
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -547,7 +601,8 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; reading it gives an equal recipe."""
-    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(_plain(recipe), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def _plain(recipe: BaseModel) -> dict[str, Any]:

@@ -88,6 +88,14 @@ def _pid_in(path: Path) -> int | None:
         return None
 
 
+def files_in(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file directly in a folder: what tells at a glance whether it is as it was."""
+    if not folder.is_dir():
+        return {}
+    found = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: [facts.st_size, facts.st_mtime_ns] for name, facts in found.items() if not name.startswith(".")}
+
+
 @dataclass(frozen=True)
 class StageDir:
     """The files of one stage of a run."""
@@ -121,11 +129,26 @@ class StageDir:
 
     def summary(self) -> dict[str, Any] | None:
         """The stage's summary, None while it isn't complete."""
-        return read_json(self.summary_file)
+        found = read_json(self.summary_file)
+        return found if found and found.get("stage") == self.name else None
 
     def manifest(self) -> dict[str, Any]:
         """What went in; empty where nothing was written yet."""
-        return read_json(self.manifest_file) or {}
+        found = read_json(self.manifest_file) or {}
+        return found if isinstance(found.get("inputs"), dict) else {}
+
+    def damage(self) -> str:
+        """How the finished stage's model is not what it was when the stage was completed; empty where it is.
+
+        Files of the same size and time are not read again.
+        """
+        manifest = self.manifest()
+        was, now = manifest.get("files", {}), files_in(self.model)
+        if was == now or not was:
+            return "" if now or not manifest.get("output") else "its model is gone"
+        if was.keys() - now.keys():
+            return f"its model has lost {', '.join(sorted(was.keys() - now.keys()))}"
+        return "" if digest_folder(self.model) == manifest.get("output") else "its model was changed"
 
     def output_digest(self) -> str | None:
         """The digest of the finished stage's model, None while it isn't complete."""
@@ -203,7 +226,12 @@ class RunDir:
         """Saves the resolved recipe."""
         write_atomically(self.path / "recipe.yaml", dump_recipe(recipe))
 
+    @property
+    def summary_file(self) -> Path:
+        """The summaries of all complete stages."""
+        return self.path / "summary.json"
+
     def write_summary(self) -> None:
         """Gathers the summaries of all complete stages into one file."""
         summaries = {stage: self.stage(stage).summary() for stage in STAGES}
-        write_json(self.path / "summary.json", {stage: summary for stage, summary in summaries.items() if summary})
+        write_json(self.summary_file, {stage: summary for stage, summary in summaries.items() if summary})

@@ -3,6 +3,7 @@
 Imports torch only inside functions, so that a process which merely shows progress stays light.
 """
 
+import io
 import json
 import math
 import os
@@ -96,6 +97,13 @@ def format_number(value: float) -> str:
     if value == 0 or 0.001 <= abs(value) < 1000:
         return f"{value:.3f}"
     return f"{value:,.0f}" if abs(value) < 1e7 and abs(value) >= 1000 else f"{value:.2e}"
+
+
+def print_anything() -> None:
+    """Lets both streams take any text: what their encoding lacks is written as an escape, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Bar:

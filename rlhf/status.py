@@ -41,7 +41,7 @@ def print_status(run_dir: Path) -> None:
         line = f"  {stage:<10} {name:<12}"
         summary = directory.summary()
         if summary:
-            line += f"{format_seconds(summary['seconds']):>8}  {_figures(stage, summary)}"
+            line += f"{format_seconds(summary.get('seconds') or 0):>8}  {_figures(stage, summary)}"
         elif state.name == "interrupted":
             line += f"{_last_line(directory)}"
         print(line + (f"  ({state.why})" if state.name == "stale" else ""))
@@ -49,7 +49,9 @@ def print_status(run_dir: Path) -> None:
 
 def _figures(stage: str, summary: dict[str, Any]) -> str:
     return "  ".join(
-        f"{key} {format_number(summary[key])}" for key in KEY_FIGURES[stage] if summary.get(key) is not None
+        f"{key} {format_number(summary[key])}"
+        for key in KEY_FIGURES[stage]
+        if isinstance(summary.get(key), int | float)
     )
 
 
@@ -67,8 +69,10 @@ def _last_line(directory: StageDir) -> str:
 def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict):
+            yield found

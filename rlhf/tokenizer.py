@@ -99,8 +99,11 @@ def load_tokenizer(directory: str | Path, *, remote_code: bool = False) -> PreTr
     """
     try:
         found = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=remote_code)
-    except (OSError, ValueError) as error:
-        raise MissingInput(f"no tokenizer could be loaded from {directory}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a file that is wrong in its own way raises in the libraries
+        why = (str(error).splitlines() or [""])[0]
+        raise MissingInput(
+            f"no tokenizer could be loaded from {directory}: {type(error).__name__}: {why[:300]}"
+        ) from None
     if not encode_texts(found, ["The quick brown fox"])[0]:  # transformers makes an empty one where there is none
         raise MissingInput(
             f"{directory} holds no tokenizer (tokenizer.json): no text can be encoded with what is there"

@@ -1,4 +1,4 @@
-"""One process of one stage: `python -m rlhf.worker STAGE RUN_DIR`, started by rlhf.launch, or by a launcher.
+"""One process of one stage, started by rlhf.launch (arguments: STAGE RUN_DIR), or by a launcher.
 
 It runs the stage with the recipe that the run directory holds; rank 0 writes the summary last.
 """
@@ -17,7 +17,16 @@ from rlhf.job import Job
 from rlhf.launch import TRAINING, threads_of
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
 from rlhf.rundir import RunDir, no_room
-from rlhf.runtime import Interrupts, Meter, derive_seed, end_with_parent, quiet_libraries, seed_everything, visible
+from rlhf.runtime import (
+    Interrupts,
+    Meter,
+    derive_seed,
+    end_with_parent,
+    print_anything,
+    quiet_libraries,
+    seed_everything,
+    visible,
+)
 from rlhf.team import LOST_CONTACT, PeerWatch, Team, announce, join_team, lost_contact, rank_in_environment, rank_log
 
 
@@ -149,6 +158,7 @@ def disk_full(error: BaseException) -> bool:
 
 def _begin_process(rank: int, folder: Path | None) -> Interrupts:
     end_with_parent()
+    print_anything()
     if folder:
         _redirect(rank, folder)
     interrupts = Interrupts()
@@ -177,7 +187,3 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    leave(main())

@@ -199,6 +199,8 @@ def kill_once(
     if process.returncode == 0:
         return False, output, []
     expected = (130,) if number == signal.SIGTERM else (1, -9)
+    if number == signal.SIGTERM and not output:  # Python itself was still starting
+        expected = (130, -signal.SIGTERM)
     faults = [] if process.returncode in expected else [f"exit code {process.returncode} after {number}"]
     faults += [] if gone else ["processes are left"]
     faults += [f"took {spent:.0f} s to end"] if spent > 60 else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from evaluation.perplexity import perplexity, score_documents
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.job import Job
-from rlhf.model import count_parameters, load_causal_lm
+from rlhf.model import check_vocabulary, count_parameters, load_causal_lm
 from rlhf.recipe import EvaluateSection, Recipe, upstream
 from rlhf.rundir import write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
@@ -87,6 +88,7 @@ def _measure_all(
         remote_code = runs_code(recipe, directory)
         model = load_causal_lm(directory, remote_code=remote_code).to(device()).eval()
         tokenizer = load_tokenizer(directory, remote_code=remote_code)
+        check_vocabulary(model, tokenizer, directory)
         parameters = count_parameters(model)
         total = len(texts) + sum(len(question.choices) for questions in asked.values() for question in questions)
         with Bar(f"evaluate {name}", total) as bar:
@@ -157,7 +159,9 @@ def _print_table(results: dict[str, Any], shots: tuple[int, ...]) -> None:
         table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
     for name, result in results.items():
         low, high = result["bits_per_byte_ci95"]
-        table.add_row(name, f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}]")
+        table.add_row(
+            escape(name), f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}]"
+        )
     console.print(table)
     table = Table(title="few-shot accuracy by number of demonstrations", title_justify="left")
     table.add_column("task")
@@ -168,7 +172,7 @@ def _print_table(results: dict[str, Any], shots: tuple[int, ...]) -> None:
     for task, by_shots in first.items():
         for name, result in results.items():
             cells = [_cell(result["fewshot"][task][str(count)], "accuracy") for count in shots]
-            table.add_row(task if name == next(iter(results)) else "", name, *cells)
+            table.add_row(escape(task) if name == next(iter(results)) else "", escape(name), *cells)
         for label, key in (("(chance)", "chance"), ("(copy)", "copy_baseline")):
             table.add_row("", label, *(_cell(by_shots[str(count)], key) for count in shots), style="dim")
     console.print(table)

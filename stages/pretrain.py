@@ -42,7 +42,9 @@ def run(job: Job) -> dict[str, Any]:
     accelerator = make_accelerator()
     tokenizer = load_tokenizer(job.run.stage("tokenizer").model)
     packed, stats = _packed_texts(job, settings, tokenizer)
-    validation = list(open_data(recipe, "pretrain", settings.validation, "texts", "validation"))
+    held_out = open_data(recipe, "pretrain", settings.validation, "texts", "validation")
+    validation = list(held_out)
+    report_faults(held_out)
     model = _new_model(recipe, tokenizer)
 
     steps = math.ceil(settings.tokens / settings.tokens_per_step)

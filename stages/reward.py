@@ -20,7 +20,7 @@ from trl import RewardConfig, RewardTrainer
 
 from rlhf.data.rows import Comparison
 from rlhf.errors import DataError, UserError
-from rlhf.functional.intervals import mean_estimate, proportion_estimate
+from rlhf.functional.intervals import Estimate, mean_estimate, proportion_estimate, ratio_estimate
 from rlhf.job import Job
 from rlhf.judge import raw_scores, score_mean
 from rlhf.model import (
@@ -79,8 +79,9 @@ def run(job: Job) -> dict[str, Any]:
     start = starting_model(recipe, run, "reward")
     remote_code = runs_code(recipe, start)
     tokenizer = load_tokenizer(start, remote_code=remote_code)
-    if not tokenizer.chat_template:
-        raise UserError(f"{start} has no chat template; run the stage sft first, or name a chat model as base")
+    if not tokenizer.chat_template or tokenizer.pad_token_id is None:
+        lacks = "pad token" if tokenizer.chat_template else "chat template"
+        raise UserError(f"{start} has no {lacks}; run the stage sft first, or name a chat model as base")
     trained: dict[str, Any] = {"pairs_train": 0}
     if settings.from_:
         judge_code = runs_code(recipe, settings.from_)
@@ -325,8 +326,8 @@ def _measure(team: Team, model: PreTrainedModel, test: list[Pair], gold_margin: 
     longer = [_longer_wins(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in test]
     found: dict[str, Any] = {
         "pairs_test": len(test),
-        **proportion_estimate(sum(right), len(test)).as_keys("accuracy", 4),
-        **proportion_estimate(sum(longer), len(test)).as_keys("length_baseline_accuracy", 4),
+        **_clustered(test, right).as_keys("accuracy", 4),
+        **_clustered(test, longer).as_keys("length_baseline_accuracy", 4),
         **mean_estimate([score - mean for score in scores]).as_keys("score", 4),
     }
     return {**found, **_gold_figures(test, right, gold_margin)}
@@ -343,15 +344,16 @@ def _gold_figures(test: Sequence[Pair], right: Sequence[bool], margin: float) ->
     """
     if all(pair.comparison.gold_chosen is None for pair in test):
         return {}
-    model_agrees, labels_agree = [], []
+    model_agrees: list[tuple[Pair, bool]] = []
+    labels_agree: list[tuple[Pair, bool]] = []
     for pair, is_right in zip(test, right, strict=True):
         if pair.comparison.gold_chosen is None or pair.comparison.gold_rejected is None:
             continue
         difference = pair.comparison.gold_chosen - pair.comparison.gold_rejected
         if abs(difference) > 1e-9:
-            labels_agree.append(difference > 0)
+            labels_agree.append((pair, difference > 0))
         if abs(difference) > 1e-9 and abs(difference) >= margin - 1e-9:
-            model_agrees.append(is_right == (difference > 0))
+            model_agrees.append((pair, is_right == (difference > 0)))
     return {
         **_share("gold_accuracy", model_agrees),
         "gold_margin": margin,
@@ -360,7 +362,17 @@ def _gold_figures(test: Sequence[Pair], right: Sequence[bool], margin: float) ->
     }
 
 
-def _share(name: str, trials: list[bool]) -> dict[str, Any]:
+def _share(name: str, trials: list[tuple[Pair, bool]]) -> dict[str, Any]:
     if not trials:
         return {name: None, f"{name}_ci95": None}
-    return dict(proportion_estimate(sum(trials), len(trials)).as_keys(name, 4))
+    return dict(_clustered([pair for pair, _ in trials], [right for _, right in trials]).as_keys(name, 4))
+
+
+def _clustered(pairs: Sequence[Pair], right: Sequence[float]) -> Estimate:
+    """The share that is right. Comparisons of one prompt are not independent: the interval is over prompts."""
+    groups: dict[str, list[float]] = {}
+    for pair, value in zip(pairs, right, strict=True):
+        groups.setdefault(json.dumps(pair.comparison.prompt), []).append(float(value))
+    if len(groups) == len(pairs):
+        return proportion_estimate(sum(right), len(pairs))
+    return ratio_estimate([sum(group) for group in groups.values()], [float(len(group)) for group in groups.values()])

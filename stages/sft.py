@@ -4,6 +4,7 @@ Conversations are tokenised by us, segment by segment, so that text which looks 
 trainer gets ids and labels. Fixes the chat template, the pad token and the end token for every later stage.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, StageFailed
 from rlhf.functional.intervals import proportion_estimate, ratio_estimate
 from rlhf.job import Job
 from rlhf.model import (
+    check_vocabulary,
     count_parameters,
     disable_dropout,
     load_causal_lm,
@@ -27,7 +29,7 @@ from rlhf.recipe import Recipe, SftSection, microbatches
 from rlhf.rollout import CacheEngine, uniforms
 from rlhf.runtime import derive_seed, log
 from rlhf.team import Team
-from rlhf.tokenizer import EncodedChat, Messages, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat
+from rlhf.tokenizer import EncodedChat, Messages, begin_id, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat
 from stages.common import (
     card_facts,
     check_context,
@@ -51,20 +53,24 @@ def run(job: Job) -> dict[str, Any]:
     start = starting_model(recipe, run, "sft")
     remote_code = runs_code(recipe, start)
     tokenizer = load_tokenizer(start, remote_code=remote_code)
+    if "evaluate" in recipe.stages:
+        begin_id(tokenizer)  # what evaluation will need of the base, asked before anything is trained
     added = prepare_for_chat(tokenizer, settings.chat_template)
     model = load_causal_lm(start, remote_code=remote_code)
+    check_vocabulary(model, load_tokenizer(start, remote_code=remote_code), start)
     torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
 
     train, too_long = _encoded(recipe, settings, tokenizer, "train")
-    validation, _ = _encoded(recipe, settings, tokenizer, "validation")
+    validation, validation_too_long = _encoded(recipe, settings, tokenizer, "validation")
     size, passes = microbatches(recipe, "sft", job.team.size)
     check_context(model, "sft.max_tokens", settings.max_tokens)
     log(
         f"sft: {count_parameters(model):,} parameters; {settings.steps} steps of {settings.dialogues_per_step} "
         f"dialogues ({job.team.size} processes x {passes} microbatches x {size}); {len(train):,} dialogues, "
-        f"{settings.steps * settings.dialogues_per_step / len(train):.2f} passes; {too_long} too long; "
+        f"{settings.steps * settings.dialogues_per_step / len(train):.2f} passes; {too_long} of them, and "
+        f"{validation_too_long} of {len(validation) + validation_too_long} for validation, too long and left out; "
         f"{added} tokens added to the vocabulary"
     )
     log("sft: the first dialogue, what is trained in [brackets]:\n  " + _marked(tokenizer, train[0]))
@@ -87,6 +93,7 @@ def run(job: Job) -> dict[str, Any]:
         "dialogues_train": len(train),
         "dialogues_validation": len(validation),
         "dialogues_too_long": too_long,
+        "dialogues_validation_too_long": validation_too_long,
         **_validation_loss(job.team, model, validation),
         **_share_ended(job, settings, model, tokenizer),
     }
@@ -191,6 +198,8 @@ def _validation_loss(team: Team, model: PreTrainedModel, chats: list[EncodedChat
         return list(zip(nats, counts, strict=True))
 
     found = team.share(chats, nats_and_counts)
+    if not all(math.isfinite(nats) for nats, _ in found):
+        raise StageFailed("sft: the validation loss is not a number; try a smaller learning_rate")
     return ratio_estimate([nats for nats, _ in found], [count for _, count in found]).as_keys(
         "validation_nats_per_token"
     )

@@ -60,6 +60,7 @@ def trainer_arguments(
         "logging_steps": 1,  # the means over several steps are ours, so that they can go on after a checkpoint
         "save_strategy": "no",
         "eval_strategy": "no",
+        "logging_nan_inf_filter": False,  # or a loss that is no number is logged as 0
         "report_to": [],
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,

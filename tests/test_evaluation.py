@@ -20,7 +20,7 @@ from evaluation.perplexity import DocumentScore, perplexity, rolling_windows, sc
 from evaluation.scoring import continuation_logprobs, length_batches
 from evaluation.tasks import TinyworldTask, file_tasks, tinyworld_tasks
 from rlhf.data.reader import Faults
-from rlhf.errors import DataError, UserError
+from rlhf.errors import DataError, StageFailed, UserError
 from rlhf.tinyworld.documents import documents
 from tests.conftest import CONTEXT, SHARED_DATA, VOCAB_SIZE
 
@@ -191,8 +191,11 @@ def test_perplexity_by_hand() -> None:
 
 def test_hopeless_documents_have_a_finite_perplexity_and_none_at_all_is_an_error() -> None:
     assert math.isfinite(perplexity([DocumentScore(1e6, 2, 2)]).perplexity)
-    with pytest.raises(ValueError, match="no groups"):
-        perplexity([])
+    for nothing in ([], [DocumentScore(0.0, 0, 0)]):
+        with pytest.raises(DataError, match="the held-out texts are all empty"):
+            perplexity(nothing)
+    with pytest.raises(StageFailed, match="are not numbers"):
+        perplexity([DocumentScore(1.0, 2, 2), DocumentScore(math.nan, 2, 2)])
     with pytest.raises(ValueError, match="no groups"):
         perplexity([DocumentScore(0.0, 0, 0)])
 

@@ -54,7 +54,7 @@ def until(happened: Callable[[], Any], process: subprocess.Popen[str]) -> None:
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children()
-    return [child for child in children if "rlhf.worker" in child.cmdline()]
+    return [child for child in children if "rlhf.worker" in " ".join(child.cmdline())]
 
 
 def sealed(directory: Path) -> list[Path]:
