@@ -621,7 +621,8 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
         if isinstance(value, BaseModel):
             found |= {f"{key}.{inner}": v for inner, v in result_fields(value).items()}
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
-            found[key] = [{k: v for k, v in result_fields(item).items() if v is not None} for item in value]
+            defaults = {k: f.default for k, f in type(value[0]).model_fields.items()}
+            found[key] = [{k: v for k, v in result_fields(item).items() if v != defaults.get(k)} for item in value]
         elif isinstance(value, tuple):
             found[key] = list(value)
         else:

@@ -144,8 +144,10 @@ class StageDir:
         """
         manifest = self.manifest()
         was, now = manifest.get("files", {}), files_in(self.model)
+        if manifest.get("output") and not now:
+            return "its model is gone"
         if was == now or not was:
-            return "" if now or not manifest.get("output") else "its model is gone"
+            return ""
         if was.keys() - now.keys():
             return f"its model has lost {', '.join(sorted(was.keys() - now.keys()))}"
         return "" if digest_folder(self.model) == manifest.get("output") else "its model was changed"

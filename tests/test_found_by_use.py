@@ -4,17 +4,26 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf.errors import RecipeError, UserError
+from rlhf.chain import stage_inputs, state_of
+from rlhf.data.rows import Comparison
+from rlhf.errors import MissingInput, RecipeError, UserError
+from rlhf.functional.intervals import proportion_estimate
 from rlhf.model import load_causal_lm
-from rlhf.recipe import load_recipe, microbatches
-from tests.conftest import TINY_RECIPE, rlhf
+from rlhf.recipe import dump_recipe, load_recipe, microbatches
+from rlhf.rundir import RunDir
+from rlhf.tokenizer import load_tokenizer
+from stages.reward import Pair, _clustered
+from tests.conftest import ROOT, TINY_RECIPE, rlhf
 
 
 @pytest.fixture
@@ -146,3 +155,160 @@ def test_what_a_model_says_is_shown_and_not_obeyed(home: Path) -> None:
     assert "\\x1b[2J" in said
     for character in "\x1b\x07\x9b\u202e":
         assert character not in said
+
+
+# What a breaker found
+
+
+def test_each_of_several_files_with_one_name_decides_staleness(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "d.jsonl", {"text": folder})
+    recipe = load_recipe(str(TINY_RECIPE), [f"data.root={tmp_path}", "tokenizer.train=[{path: '*/d.jsonl'}]"])
+    run = RunDir(tmp_path / "run")
+    before = stage_inputs(recipe, "tokenizer", run)
+    write(tmp_path / "a/d.jsonl", {"text": "changed"})
+    after = stage_inputs(recipe, "tokenizer", run)
+    assert {key for key in before if before[key] != after[key]} == {"file a/d.jsonl"}
+
+
+def test_an_override_changes_one_of_two_sections_that_an_anchor_joins(tmp_path: Path) -> None:
+    text = TINY_RECIPE.read_text().replace(
+        "sampling: {max_tokens: 24}\n  sampled", "sampling: &s {max_tokens: 24}\n  sampled"
+    )
+    text = text.replace("sampling: {max_tokens: 16}", "sampling: *s")
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"), ["ppo.sampling.max_tokens=5"])
+    assert recipe.sft is not None
+    assert recipe.ppo is not None
+    assert (recipe.sft.sampling.max_tokens, recipe.ppo.sampling.max_tokens) == (24, 5)
+
+
+def test_text_that_looks_like_a_number_stays_text_in_the_resolved_recipe(tmp_path: Path) -> None:
+    for text in ("1e5", "010", "true", "0x1F", "1_0", "null", "1.5", "-.5"):
+        recipe = load_recipe(str(TINY_RECIPE), [f"description='{text}'"])
+        (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+        assert load_recipe(str(tmp_path / "resolved.yaml")).description == text
+
+
+@pytest.mark.parametrize(("scalar", "value"), [("10", 10), ("0x10", 16), ("1_000", 1000), ("010", 10)])
+def test_numbers_are_read_as_yaml_1_2_has_them(scalar: str, value: int) -> None:
+    assert load_recipe(str(TINY_RECIPE), [f"seed={scalar}"]).seed == value
+
+
+@pytest.mark.parametrize("scalar", ["true", "1:30", "1e30", "yes"])
+def test_what_is_no_number_is_refused_as_one(scalar: str) -> None:
+    with pytest.raises(RecipeError, match="seed"):
+        load_recipe(str(TINY_RECIPE), [f"seed={scalar}"])
+
+
+def test_recipes_that_are_no_plain_files_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for name in (str(tmp_path / "fifo.yaml"), "/dev/zero", "x" * 5000, "a\0b"):
+        with pytest.raises(RecipeError, match=r"no plain file|no recipe file"):
+            load_recipe(name)
+    laughs = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    (tmp_path / "laughs.yaml").write_text(laughs + "name: x\nstages: *a29\n")
+    with pytest.raises(RecipeError):
+        load_recipe(str(tmp_path / "laughs.yaml"))
+
+
+def test_a_diverged_run_says_so_and_saves_nothing(home: Path) -> None:
+    """Its loss was logged as 0.000, and the model saved."""
+    tensors = load_file(home / "runs/tiny/pretrain/model/model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    shutil.copytree(home / "runs/tiny/pretrain/model", home / "base")
+    (home / "base/model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    said = sft(home, "name=mine", "stages=[sft, reward]", "base=./base", code=1)
+    assert "sft: the loss is nan at step 1" in said
+    assert not (home / "runs/mine/sft/model").exists()
+
+
+def spoil(home: Path, name: str, content: bytes) -> Path:
+    target = home / f"spoiled-{name}"
+    shutil.copytree(home / "runs/tiny/sft/model", target)
+    (target / name).write_bytes(content)
+    return target
+
+
+def test_models_with_missing_or_damaged_files_are_refused(home: Path) -> None:
+    whole = (home / "runs/tiny/sft/model/model.safetensors").read_bytes()
+    tensors = load_file(home / "runs/tiny/sft/model/model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    lacking = spoil(home, "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    with pytest.raises(MissingInput, match=r"1 weights are missing .*layers\.1\.mlp\.up_proj"):
+        load_causal_lm(lacking)
+    shutil.rmtree(lacking)
+    for content in (whole[:-100], b"", b"{}", b"\xff" * 500):
+        with pytest.raises(MissingInput, match="no model could be loaded"):
+            load_causal_lm(spoil(home, "model.safetensors", content))
+        shutil.rmtree(home / "spoiled-model.safetensors")
+    for content in (b"[]", b"{", b'{"model_type": "llama", "hidden_size": "x"}'):
+        with pytest.raises(MissingInput, match="no model could be loaded"):
+            load_causal_lm(spoil(home, "config.json", content))
+        shutil.rmtree(home / "spoiled-config.json")
+    with pytest.raises(MissingInput, match="no tokenizer could be loaded"):
+        load_tokenizer(spoil(home, "tokenizer.json", b'{"a": 1}'))
+
+
+def test_a_finished_stage_whose_model_was_changed_is_stale(home: Path) -> None:
+    run = RunDir(home / "runs/tiny")
+    recipe = load_recipe(str(run.path / "recipe.yaml"))
+    weights = run.stage("sft").model / "model.safetensors"
+    assert state_of(recipe, "sft", run).name == "done"
+    os.utime(weights)
+    assert state_of(recipe, "sft", run).name == "done"  # touched, and the same
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert state_of(recipe, "sft", run) == ("stale", "its model was changed")
+    weights.unlink()
+    assert state_of(recipe, "sft", run) == ("stale", "its model has lost model.safetensors")
+    shutil.rmtree(run.stage("sft").model)
+    assert state_of(recipe, "sft", run) == ("stale", "its model is gone")
+    run.stage("tokenizer").summary_file.write_text("{}")
+    assert state_of(recipe, "tokenizer", run).name == "interrupted"
+
+
+def test_a_stage_is_refused_while_any_that_it_stands_on_is_stale(home: Path) -> None:
+    """Only the one right below was looked at: ppo ran on a chain that no recipe describes."""
+    said = rlhf("run", "ppo", "--recipe", str(TINY_RECIPE), "pretrain.tokens=40000", cwd=home, code=2)
+    assert "pretrain" in said
+    assert "is stale (pretrain.tokens: 20000 -> 40000)" in said or "rlhf run pretrain" in said
+
+
+def test_files_in_the_users_folder_are_not_imported(home: Path) -> None:
+    (home / "datasets.py").write_text("raise SystemExit('imported')")
+    (home / "tty.py").write_text("raise SystemExit('imported')")
+    rlhf("run", "tokenizer", "--recipe", str(TINY_RECIPE), "name=other", cwd=home)
+
+
+def test_status_bears_files_that_are_not_what_they_should_be(home: Path) -> None:
+    run = home / "runs/tiny"
+    (run / "ppo/summary.json").unlink()
+    (run / "ppo/metrics.jsonl").write_bytes(b'5\n"x"\n\xff\n{"step": 3}\n')
+    (run / "evaluate/summary.json").write_text('{"a": 1}')
+    assert "step 3" in rlhf("status", "runs/tiny", cwd=home)
+    (run / "reward/manifest.json").write_text('{"inputs": []}')
+    assert "never really begun" in rlhf("status", "runs/tiny", cwd=home)
+
+
+def test_any_text_can_be_said_whatever_the_terminals_encoding() -> None:
+    code = "from rlhf.runtime import log, print_anything; print_anything(); log('你好 \\x1b[2J')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "\\u4f60\\u597d \\x1b[2J\n"
+
+
+def test_the_interval_of_an_accuracy_counts_prompts_not_pairs() -> None:
+    """40 prompts, each with 25 comparisons that are all right or all wrong: as wide as 40 trials have it."""
+    pairs = [Pair(Comparison([{"role": "user", "content": str(i // 25)}], "a", "b"), [1], [2]) for i in range(1000)]
+    right = [i // 25 < 20 for i in range(1000)]
+    estimate = _clustered(pairs, right)
+    assert estimate.mean == 0.5
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.03)
+    alone = [
+        pair._replace(comparison=Comparison([{"role": "user", "content": str(i)}], "a", "b"))
+        for i, pair in enumerate(pairs)
+    ]
+    assert _clustered(alone, right) == proportion_estimate(500, 1000)
