@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ def until(happened: Callable[[], Any], process: subprocess.Popen[str]) -> None:
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "rlhf.worker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            if "rlhf.worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def sealed(directory: Path) -> list[Path]:
