@@ -143,7 +143,7 @@ def run(job: Job) -> dict[str, Any]:
                 update + 1,
                 **{name: figures[name] for name in ("score", "kl", "entropy", "response_tokens", "ended")},
             )
-            if (update + 1) % settings.log_every == 0:
+            if (update + 1) % settings.log_every == 0 or update + 1 == settings.updates:
                 metrics.log(update=update + 1, **figures)
             saver.after_step(update + 1, settings.updates, learner.state, learner.weights())
         seconds = saver.seconds()

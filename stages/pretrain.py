@@ -178,13 +178,14 @@ def _train(
     rows = settings.tokens_per_step // settings.sequence_length
     mine = rows // job.team.size
     begin = begin_id(tokenizer) if settings.isolate_documents else None
-    first_step, spent_validating, losses = 0, 0.0, torch.zeros((), device=accelerator.device)
+    first_step, spent_validating = 0, 0.0
+    losses, summed = torch.zeros((), device=accelerator.device), 0  # of the steps since the last line
     found = saver.resume()
     if found:
         state = load_tree(found.path, "state")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first_step, spent_validating = found.step, state["seconds_validating"]
+        first_step, spent_validating, summed = found.step, state["seconds_validating"], state["losses_summed"]
         losses += state["losses"][job.team.rank] if len(state["losses"]) == job.team.size else state["losses"].mean()
 
     def state_now() -> dict[str, Any]:
@@ -192,6 +193,7 @@ def _train(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "losses": torch.stack(job.team.gather(losses.cpu())),
+            "losses_summed": summed,
             "seconds_validating": spent_validating,
         }
 
@@ -206,13 +208,12 @@ def _train(
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.gradient_clipping)
             optimizer.step()
             optimizer.zero_grad()
-            losses += loss
+            losses, summed = losses + loss, summed + 1
 
             done = step + 1
             if done % settings.log_every == 0 or done == steps:
-                since = (done - 1) % settings.log_every + 1
-                mean = (accelerator.reduce(losses, "mean") / since).item()
-                losses.zero_()
+                mean = (accelerator.reduce(losses, "mean") / summed).item()
+                losses, summed = torch.zeros_like(losses), 0
                 if not math.isfinite(mean):
                     raise StageFailed(f"pretrain: the loss is {mean} at step {done}; try a smaller learning_rate")
                 speed = done * settings.tokens_per_step / (saver.seconds() - spent_validating)

@@ -100,6 +100,27 @@ def test_a_stage_that_is_killed_goes_on_and_ends_bitwise_equal(
     assert_equal(directory, finished_chain / "runs/tiny" / stage)
 
 
+def test_another_logging_interval_changes_the_lines_and_not_the_figures(finished_chain: Path, tmp_path: Path) -> None:
+    """A line is the mean since the last line, wherever the run was interrupted in between."""
+    directory = begin(finished_chain, tmp_path, "pretrain")
+    process = start(*arguments("pretrain", "pretrain.log_every=1"), cwd=tmp_path)
+    until(lambda: sealed(directory), process)
+    process.kill()
+    process.communicate()
+    rlhf(*arguments("pretrain", "pretrain.log_every=20"), cwd=tmp_path)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    logged = max(step for step in found if step < 20)
+    rest = losses_of_each_step(finished_chain, tmp_path)[logged:]
+    assert found[20] == pytest.approx(sum(rest) / len(rest), abs=1e-5)
+
+
+def losses_of_each_step(finished_chain: Path, folder: Path) -> list[float]:
+    directory = begin(finished_chain, folder / "each", "pretrain")
+    rlhf(*arguments("pretrain", "pretrain.log_every=1"), cwd=folder / "each")
+    return losses(directory)
+
+
 def test_a_terminated_run_leaves_a_checkpoint_of_its_last_step(finished_chain: Path, tmp_path: Path) -> None:
     directory = begin(finished_chain, tmp_path, "sft")
     command = ["run", "sft", "--recipe", str(TINY_RECIPE)]
