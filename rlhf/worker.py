@@ -121,7 +121,7 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
         return Interrupted.exit_code
     except Exception as error:
         if watch and lost_contact(error):
-            print(f"error: {watch.lost() or 'another rank'} is lost; rank {team.rank} ends too", file=sys.stderr)
+            print(f"error: {watch.lost() or 'another rank has ended'}; rank {team.rank} ends too", file=sys.stderr)
             return LOST_CONTACT
         if disk_full(error):
             print(f"error: {no_room(run.stage(stage).path)}", file=sys.stderr)
