@@ -33,6 +33,7 @@ from rlhf.recipe import (
     upstream,
 )
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, read_json, write_json
+from rlhf.runtime import visible
 from rlhf.tinyworld.incontext import MAX_SHOTS
 
 # What a stage stands on
@@ -164,6 +165,7 @@ def run_chain(
     """
     check_inputs(recipe, wanted, processes)
     run = RunDir.of(recipe, runs_dir)
+    run.check_free()
     if len(wanted) == 1:
         check_upstream(recipe, wanted[0], run, again)
     run.create()
@@ -177,14 +179,13 @@ def run_chain(
             if plan is None:
                 continue
             todo += 1
+            run.write_summary()  # without what was moved aside
             try:
                 run_processes(recipe, stage, run, processes)
             except SystemExit:  # the user's input was refused
                 take_back(plan)
                 raise
-            run.write_summary()
-        if todo == 0 and not run.summary_file.exists():
-            run.write_summary()
+        run.write_summary()
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
     elif len(wanted) > 1:
@@ -197,6 +198,10 @@ def _say_what_is_there(recipe: Recipe, run: RunDir, seconds: float) -> None:
         if stage in recipe.stages:
             print(f"talk with its model: rlhf chat {run.stage(stage).model}")
             return
+
+
+def _say(message: str) -> None:
+    print(visible(message), flush=True)
 
 
 class Plan(NamedTuple):
@@ -232,20 +237,20 @@ def prepare(
     if state.name in ("done", "interrupted") and not fresh:
         changes = _other_versions(directory)
         if changes:
-            print(f"{label}: begun with other versions ({changes})", flush=True)
+            _say(f"{label}: begun with other versions ({changes})")
     if state.name == "done" and not fresh:
-        print(f"{label}: done, skipped", flush=True)
+        _say(f"{label}: done, skipped")
         return None
     if state.name == "interrupted" and not fresh:
-        print(f"{label}: was interrupted, goes on", flush=True)
+        _say(f"{label}: was interrupted, goes on")
         return Plan(directory, False, None)
     aside = None
     if directory.path.exists():
         why = "--fresh" if fresh else state.why
         aside = directory.move_aside()
-        print(f"{label}: redone, since {why} (the old one is now {aside.name})", flush=True)
+        _say(f"{label}: redone, since {why} (the old one is now {aside.name})")
     else:
-        print(f"{label}: starts", flush=True)
+        _say(f"{label}: starts")
     begin_stage(recipe, stage, run, command)
     return Plan(directory, True, aside)
 

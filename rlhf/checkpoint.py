@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -55,6 +56,9 @@ class Checkpoints:
             if found:
                 return found
             log(f"the checkpoint {path} is damaged ({fault}) and passed over")
+            aside = path.with_name(f"{path.name}.damaged")
+            _remove(aside)
+            path.rename(aside)
         return None
 
     def begin(self, step: int, expected: int = 0) -> Path:
@@ -63,7 +67,7 @@ class Checkpoints:
         Raises StageFailed where the disk has no room for it.
         """
         for left in self._folder.glob("*.partial"):
-            shutil.rmtree(left)
+            _remove(left)
         self._check_room(expected)
         path = self._folder / f"step-{step}.partial"
         path.mkdir(parents=True)
@@ -82,8 +86,7 @@ class Checkpoints:
         _flush(seal)
         sync_folder(path)
         target = path.with_name(f"step-{step}")
-        if target.exists():  # only a damaged one can be here: a whole one would have been gone on from
-            shutil.rmtree(target)
+        _remove(target)  # only something damaged can be here: a whole one would have been gone on from
         path.rename(target)
         sync_folder(self._folder)
         self._prune(target)
@@ -97,13 +100,13 @@ class Checkpoints:
         """The folders that were sealed once, the newest first."""
         if not self._folder.is_dir():
             return []
-        found = [path for path in self._folder.iterdir() if path.name.removeprefix("step-").isdigit()]
+        found = [path for path in self._folder.iterdir() if re.fullmatch("step-[0-9]+", path.name) and path.is_dir()]
         return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
 
     def _prune(self, newest: Path) -> None:
         """Keeps the newest ones. The one just sealed is whole, so what is removed is never the last good one."""
         for path in [path for path in self._sealed() if path != newest][self._keep - 1 :]:
-            shutil.rmtree(path)
+            _remove(path)
 
     def _check_room(self, expected: int) -> None:
         """The new checkpoint will be as large as expected, or as the last one."""
@@ -113,6 +116,14 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if expected and free < expected + SPARE_BYTES:
             raise StageFailed(no_room(self._folder, free, expected + SPARE_BYTES))
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, a file or a link (not what it leads to), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[str, Checkpoint | None]:

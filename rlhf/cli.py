@@ -77,7 +77,9 @@ def run(
     def again(name: str) -> str:
         return shlex.join(["rlhf", "run", name, *said])
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    from rlhf.team import rank_in_environment
+
+    if rank_in_environment()[1] > 1:
         if len(wanted) > 1:
             raise UserError(f"under a launcher one stage runs at a time: rlhf run {wanted[0]}, then the next")
         from rlhf.worker import leave, run_under_launcher

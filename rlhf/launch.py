@@ -5,17 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from rlhf.errors import Interrupted, StageFailed, UserError
 from rlhf.recipe import Recipe, StageName
-from rlhf.rundir import RunDir
-from rlhf.team import LOST_CONTACT, Watch, rank_log
+from rlhf.rundir import RunDir, no_room
+from rlhf.runtime import visible
+from rlhf.team import DISK_FULL, LOST_CONTACT, Watch, rank_log
 
 TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")  # the stages that more than one process can do
 GRACE_SECONDS = 8.0  # what the other ranks have to end by themselves once one is lost
@@ -33,9 +33,9 @@ def run_processes(recipe: Recipe, stage: StageName, run: RunDir, processes: int)
     folder = run.stage(stage).path / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(prefix="rlhf-") as meeting, Ranks(stage, folder) as ranks:
+    with Ranks(stage, folder) as ranks:
         for rank in range(processes):
-            ranks.start(run, rank, _environment(recipe, rank, processes, Path(meeting) / "ranks"))
+            ranks.start(run, rank, _environment(recipe, rank, processes, folder / "meeting"))
         ranks.wait()
 
 
@@ -55,7 +55,8 @@ class Ranks:
 
     def start(self, run: RunDir, rank: int, environment: dict[str, str]) -> None:
         """Starts one rank, in a session of its own: a Ctrl-C on the terminal comes to this process alone."""
-        command = [sys.executable, "-P", "-c", START_WORKER, str(PACKAGE_ROOT), self._stage, str(run.path)]
+        places = [str(os.getpid()), str(PACKAGE_ROOT)]
+        command = [sys.executable, "-P", "-c", START_WORKER, *places, self._stage, str(run.path)]
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         self._processes.append(process)
 
@@ -97,7 +98,10 @@ class Ranks:
         rank, code = next(iter(ended.items()), next((r, c) for r, c in codes.items() if c != 0))
         if rank > 0 and rank_log(self._folder, rank).is_file():
             lines = rank_log(self._folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()
-            print(f"the end of {rank_log(self._folder, rank)}:", *lines[-LAST_LINES:], sep="\n  ", file=sys.stderr)
+            tail = "\n  ".join([f"the end of {rank_log(self._folder, rank)}:", *lines[-LAST_LINES:]])
+            print(visible(tail), file=sys.stderr)
+        if code == DISK_FULL:
+            raise StageFailed(no_room(self._folder.parent))
         if code == UserError.exit_code:
             raise SystemExit(code)  # the stage has said what is wrong
         who = f"the stage {self._stage}" if len(codes) == 1 else f"the stage {self._stage}: rank {rank} of {len(codes)}"
@@ -124,7 +128,9 @@ class Ranks:
 
         def forward(number: int, _: FrameType | None) -> None:
             if self._asked_at is not None:
-                self._kill()
+                for process in self._processes:  # not more: the main thread may be about to wait for one of them
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
                 os._exit(Interrupted.exit_code)
             self._asked_at = time.monotonic()
             for process in self._processes:
@@ -140,14 +146,20 @@ class Ranks:
 
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-# -P: a file in the user's folder that is called like a library is not imported; an uninstalled checkout must be found
-START_WORKER = """import sys
-root = sys.argv.pop(1)
+# First of all, it is to end with its parent (PR_SET_PDEATHSIG), which may have ended already.
+# -P: a file in the user's folder that is called like a library is not imported; an uninstalled checkout must be found.
+START_WORKER = """import os, sys
+parent, root = int(sys.argv.pop(1)), sys.argv.pop(1)
+if sys.platform == 'linux':
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() != parent:
+    sys.exit(1)
 if root not in sys.path:
     sys.path.insert(0, root)
 from rlhf.worker import leave, main
 leave(main())"""
-GO_ON = "The same command goes on from the last checkpoint."
+GO_ON = "The same command, without --fresh, goes on from the last checkpoint."
 
 
 def threads_of(recipe: Recipe, processes: int) -> int:

@@ -266,7 +266,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
     """Writes a plain Hugging Face directory, whole or not at all: weights, config, tokenizer, template, card."""
     temporary = directory.with_name(f".{directory.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in directory.parent.glob(f".{directory.name}.tmp*"):  # of a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     if hasattr(model, "generation_config") and model.can_generate():
         model.generation_config = GenerationConfig(
             **token_info(tokenizer), do_sample=True, temperature=1.0, top_p=1.0, top_k=0

@@ -77,7 +77,7 @@ def no_room(folder: Path, free: int | None = None, needed: int | None = None) ->
     figures = f" ({free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed)" if free and needed else ""
     return (
         f"no room on the disk for {folder}{figures}; what was finished, the last checkpoint too, is untouched: free "
-        "some space and give the same command again, and the run goes on from there"
+        "some space and give the same command again, without --fresh, and the run goes on from there"
     )
 
 
@@ -197,6 +197,18 @@ class RunDir:
             return None
         return None
 
+    def check_free(self) -> None:
+        """Raises UserError, with the holder's pid, where another process has the lock now."""
+        holder = self.holder()
+        if holder is not None:
+            raise self._in_use(holder)
+
+    def _in_use(self, holder: int | None) -> UserError:
+        return UserError(
+            f"{self.path} is in use by another rlhf run (pid {holder}); wait until it ends, or give this run another "
+            "name (name=...)"
+        )
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the directory's lock. Raises UserError, with the holder's pid, where another process has it.
@@ -211,10 +223,7 @@ class RunDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"{self.path} is in use by another rlhf run (pid {_pid_in(self.path / LOCK)}); wait until it ends, "
-                    "or give this run another name (name=...)"
-                ) from None
+                raise self._in_use(_pid_in(self.path / LOCK)) from None
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
@@ -236,4 +245,6 @@ class RunDir:
     def write_summary(self) -> None:
         """Gathers the summaries of all complete stages into one file."""
         summaries = {stage: self.stage(stage).summary() for stage in STAGES}
-        write_json(self.summary_file, {stage: summary for stage, summary in summaries.items() if summary})
+        found = {stage: summary for stage, summary in summaries.items() if summary}
+        if read_json(self.summary_file) != found:
+            write_json(self.summary_file, found)

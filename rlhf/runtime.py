@@ -3,6 +3,7 @@
 Imports torch only inside functions, so that a process which merely shows progress stays light.
 """
 
+import errno
 import io
 import json
 import math
@@ -17,10 +18,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -158,8 +161,16 @@ class MetricsLog:
     """metrics.jsonl: one object a logged step. Numbers that JSON can't hold become text, so every line parses."""
 
     def __init__(self, path: Path | None) -> None:
-        """Without a path (on a rank that doesn't write) nothing is kept."""
-        self._file = path.open("ab") if path else None
+        """Without a path (on a rank that doesn't write) nothing is kept. Raises UserError for a link or a folder."""
+        self._file: BinaryIO | None = None
+        if path:
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+                self._file = os.fdopen(os.open(path, flags, 0o666), "ab")
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EISDIR):
+                    raise
+                raise UserError(f"{path} is a link or a folder, and not a file; remove it") from None
         self._started = time.monotonic()
 
     def log(self, **values: Any) -> None:
@@ -183,13 +194,13 @@ class MetricsLog:
         if self._file is None:
             return
         size = position["bytes"] if position else 0
-        self._file.seek(0, os.SEEK_END)
-        if self._file.tell() < size:
+        self._started = time.monotonic() - (position["time"] if position else 0.0)
+        there = self._file.seek(0, os.SEEK_END)
+        if there < size:
             log("metrics.jsonl is shorter than it was at the checkpoint: some of its lines are lost")
-            return
+            size = os.pread(self._file.fileno(), there, 0).rfind(b"\n") + 1  # the end of the last whole line
         self._file.truncate(size)
         self._file.seek(size)
-        self._started = time.monotonic() - (position["time"] if position else 0.0)
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from rlhf.checkpoint import Cadence, Checkpoint, Checkpoints, load_tree, random_state, save_tree, set_random_state
-from rlhf.errors import Interrupted
+from rlhf.errors import Interrupted, StageFailed
 from rlhf.job import Job
 from rlhf.runtime import MetricsLog, log
 
@@ -33,12 +33,20 @@ class Saver:
         Cuts the metrics back to it, and restores the random states of this rank.
         """
         found = self._team.from_main(self._store.newest)
-        self._metrics.cut_back(found.facts["metrics"] if found else None)
         if found is None:
+            self._metrics.cut_back(None)
             return None
-        self._job.meter.go_on(found.facts["spent"])
-        self._earlier = found.facts["training_seconds"]
-        before = found.facts["processes"]
+        try:
+            facts = found.facts
+            position = {"bytes": abs(int(facts["metrics"]["bytes"])), "time": float(facts["metrics"]["time"])}
+            before, self._earlier = int(facts["processes"]), float(facts["training_seconds"])
+            self._job.meter.go_on(facts["spent"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StageFailed(
+                f"the checkpoint {found.path} is not one of ours ({type(error).__name__}: {error}); remove it, and the "
+                "same command goes on from the one before"
+            ) from None
+        self._metrics.cut_back(position)
         if before == self._team.size:
             set_random_state(load_tree(found.path, f"random-{self._team.rank}"))
         else:
@@ -115,7 +123,8 @@ class Saver:
     def interrupted(self, step: int) -> Interrupted:
         """What to raise after the checkpoint that an interrupted stage leaves."""
         return Interrupted(
-            f"{self._job.stage}: interrupted; a checkpoint of step {step} is written: the same command goes on there"
+            f"{self._job.stage}: interrupted; a checkpoint of step {step} is written: the same command, "
+            "without --fresh, goes on there"
         )
 
 

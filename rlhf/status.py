@@ -10,7 +10,7 @@ from rlhf.chain import state_of
 from rlhf.errors import MissingInput, RlhfError
 from rlhf.recipe import load_recipe
 from rlhf.rundir import RunDir, StageDir
-from rlhf.runtime import format_number, format_seconds
+from rlhf.runtime import format_number, format_seconds, visible
 
 KEY_FIGURES = {
     "tokenizer": ("vocab_size", "bytes_per_token"),
@@ -44,7 +44,7 @@ def print_status(run_dir: Path) -> None:
             line += f"{format_seconds(summary.get('seconds') or 0):>8}  {_figures(stage, summary)}"
         elif state.name == "interrupted":
             line += f"{_last_line(directory)}"
-        print(line + (f"  ({state.why})" if state.name == "stale" else ""))
+        print(visible(line) + visible(f"  ({state.why})" if state.name == "stale" else ""))
 
 
 def _figures(stage: str, summary: dict[str, Any]) -> str:

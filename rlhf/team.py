@@ -18,12 +18,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import psutil
 
-from rlhf.errors import StageFailed
+from rlhf.errors import StageFailed, UserError
 from rlhf.rundir import read_json, write_json
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+DISK_FULL = 74  # exit code of a rank, not the first one, that had no room to write, and so can't say so
 LOST_CONTACT = 75  # exit code of a rank that ended because another one did
 MEET_SECONDS = 120.0  # all ranks must have come together within this time
 STOPPED_SECONDS = 10.0  # a rank that has been stopped for so long is lost
@@ -119,7 +120,10 @@ class Team:
 
 def rank_in_environment() -> tuple[int, int]:
     """(rank, ranks in all) as a launcher or our own parent says in the environment; (0, 1) where nobody does."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise UserError(f"the environment says RANK={rank} and WORLD_SIZE={size}, which no launcher does")
+    return int(rank), int(size)
 
 
 def join_team() -> Team:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.chain import Plan, check_inputs, finish_stage, prepare, take_back
-from rlhf.errors import Interrupted, RlhfError, UserError
+from rlhf.errors import Interrupted, RlhfError, StageFailed, UserError
 from rlhf.job import Job
 from rlhf.launch import TRAINING, threads_of
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
@@ -27,7 +27,17 @@ from rlhf.runtime import (
     seed_everything,
     visible,
 )
-from rlhf.team import LOST_CONTACT, PeerWatch, Team, announce, join_team, lost_contact, rank_in_environment, rank_log
+from rlhf.team import (
+    DISK_FULL,
+    LOST_CONTACT,
+    PeerWatch,
+    Team,
+    announce,
+    join_team,
+    lost_contact,
+    rank_in_environment,
+    rank_log,
+)
 
 
 def main() -> int:
@@ -36,8 +46,8 @@ def main() -> int:
     run = RunDir(Path(run_path))
     rank, _ = rank_in_environment()
     folder = run.stage(stage).path / "ranks"
-    interrupts = _begin_process(rank, folder)
     try:
+        interrupts = _begin_process(rank, folder)
         recipe = load_recipe(str(run.path / "recipe.yaml"))
         announce(folder, rank)
         team = join_team()
@@ -45,6 +55,8 @@ def main() -> int:
         return _say(error)
     except KeyboardInterrupt:
         return Interrupted.exit_code
+    except OSError as error:
+        return _no_room(run, stage, rank) if disk_full(error) else _say(StageFailed(f"{error.filename}: {error}"))
     return run_rank(recipe, stage, run, team, interrupts)  # type: ignore[arg-type]  # the parent gives a stage's name
 
 
@@ -57,6 +69,7 @@ def run_under_launcher(
     """
     import torch
 
+    end_with_parent()
     rank, _ = rank_in_environment()
     run = RunDir.of(recipe, runs_dir)
     interrupts = _begin_process(rank, None)
@@ -80,7 +93,7 @@ def run_under_launcher(
     try:
         if decision.startswith("error:"):
             if team.is_main:
-                print(decision, file=sys.stderr)
+                print(visible(decision), file=sys.stderr)
             return UserError.exit_code
         if not decision:
             return 0
@@ -124,9 +137,8 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
             print(f"error: {watch.lost() or 'another rank has ended'}; rank {team.rank} ends too", file=sys.stderr)
             return LOST_CONTACT
         if disk_full(error):
-            print(f"error: {no_room(run.stage(stage).path)}", file=sys.stderr)
-            return 1
-        traceback.print_exc()
+            return _no_room(run, stage, team.rank)
+        print(visible(traceback.format_exc()), file=sys.stderr)
         return 1
 
 
@@ -144,6 +156,11 @@ def _run_stage(job: Job) -> None:
         finish_stage(job.directory, {**spent[0], **together, **results})
 
 
+def _no_room(run: RunDir, stage: str, rank: int) -> int:
+    """Says that the disk is full; a rank whose log can't be written leaves that to its parent."""
+    return DISK_FULL if rank else _say(StageFailed(no_room(run.stage(stage).path)))
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error, or one that led to it, says that the disk is full."""
     seen: BaseException | None = error
@@ -157,7 +174,6 @@ def disk_full(error: BaseException) -> bool:
 
 
 def _begin_process(rank: int, folder: Path | None) -> Interrupts:
-    end_with_parent()
     print_anything()
     if folder:
         _redirect(rank, folder)

@@ -6,6 +6,7 @@ flushed, checksummed and renamed like all others. They hold tensors and numbers,
 
 import json
 import math
+import pickle
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,23 @@ def run_trainer(trainer: Trainer, job: Job, steps: int, figures: dict[str, str],
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(loop)
     with saver.training(), loop.writing:
-        trainer.train(resume_from_checkpoint=str(trainer_part(found)) if found else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(trainer_part(found)) if found else None)
+        except pickle.UnpicklingError as error:
+            raise _not_ours(found, str(error).splitlines()[0]) from None
         if loop.stopped_at is not None:
             raise saver.interrupted(loop.stopped_at)
+        if trainer.state.global_step != steps:
+            raise _not_ours(found, f"the trainer ended at step {trainer.state.global_step} of {steps}")
         return saver.seconds()
+
+
+def _not_ours(checkpoint: Checkpoint | None, why: str) -> StageFailed:
+    where = checkpoint.path if checkpoint else "of the trainer"
+    return StageFailed(
+        f"the checkpoint {where} is not one of ours ({why}); remove it, and the same command goes on from the one "
+        "before"
+    )
 
 
 def trainer_part(checkpoint: Checkpoint) -> Path:

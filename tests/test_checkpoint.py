@@ -154,6 +154,27 @@ def test_what_is_made_once_is_used_again_unless_it_is_damaged(tmp_path: Path) ->
     assert len(made) == 2
 
 
+def test_what_is_no_checkpoint_of_ours_is_left_out_of_account(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, keep=2)
+    write(store, 10)
+    flip(write(store, 20) / "state.safetensors")
+    (tmp_path / "step-\u00b2").mkdir()
+    (tmp_path / "step-30").write_text("a file")
+    (tmp_path / "a.partial").write_text("a file")
+    found = store.newest()
+    assert found is not None
+    assert found.step == 10
+    write(store, 12)
+    assert {"step-10", "step-12", "step-20.damaged"} <= {path.name for path in tmp_path.iterdir()}
+    write(store, 30)
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "step-12").rename(elsewhere)
+    (tmp_path / "step-12").symlink_to(elsewhere)
+    write(store, 40)
+    assert not (tmp_path / "step-12").exists()
+    assert (elsewhere / SEAL).exists()  # a link is removed, not what it leads to
+
+
 # Trees
 
 

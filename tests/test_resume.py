@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -9,12 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from rlhf.checkpoint import SEAL
+from rlhf.errors import UserError
+from rlhf.launch import START_WORKER
+from rlhf.runtime import MetricsLog
 from tests.conftest import ROOT, TINY_RECIPE, rlhf
 
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
@@ -210,3 +216,79 @@ def test_a_stopped_rank_is_named_and_all_are_ended(finished_chain: Path, tmp_pat
     assert process.returncode == 1
     assert f"rank 1 (pid {pid}) has been stopped" in said
     assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+# What a breaker found
+
+
+def test_a_rank_that_starts_after_its_parent_has_died_ends_at_once(tmp_path: Path) -> None:
+    """Under a subreaper the orphan's new parent is not process 1; it trained beside the run that was started again."""
+    places = ["1", str(ROOT), "tokenizer", str(tmp_path)]  # process 1 is not its parent
+    done = subprocess.run([sys.executable, "-P", "-c", START_WORKER, *places], capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_the_runs_summary_holds_what_is_done_after_a_kill_at_the_end(finished_chain: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_chain, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs/tiny/summary.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({stage: whole[stage] for stage in STAGES[:-1]}))
+    assert "nothing to do" in rlhf("run", "all", "--recipe", str(TINY_RECIPE), cwd=tmp_path)
+    assert json.loads(path.read_text()) == whole
+
+
+def test_metrics_that_were_torn_are_cut_to_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(5):
+        metrics.log(step=step)
+    position = metrics.position()
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(content[: len(content) // 2 + 3])
+    again = MetricsLog(tmp_path / "metrics.jsonl")
+    again.cut_back(position)
+    again.log(step=5)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(len(steps) - 1), 5]
+    assert "some of its lines are lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_metrics_are_not_written_through_a_link(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "outside").write_text("mine")
+    if kind == "link":
+        (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "outside")
+    else:
+        (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="is a link or a folder"):
+        MetricsLog(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_checkpoint_runs_no_code_and_is_one_message(
+    finished_chain: Path, tmp_path: Path, name: str
+) -> None:
+    directory = begin(finished_chain, tmp_path, "sft")
+    process = start(*arguments("sft"), cwd=tmp_path)
+    until(lambda: sealed(directory), process)
+    process.kill()
+    process.communicate()
+    newest = sealed(directory)[-1]
+    (evil,) = newest.glob(f"checkpoint-*/{name}")
+    evil.write_bytes(pickle.dumps(Evil(str(tmp_path / "it-ran"))))
+    seal = json.loads((newest / SEAL).read_text())
+    seal.pop("sha256")
+    seal["files"][str(evil.relative_to(newest))] = [evil.stat().st_size, sha256(evil.read_bytes()).hexdigest()]
+    seal["sha256"] = sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+    (newest / SEAL).write_text(json.dumps(seal))
+    said = rlhf(*arguments("sft"), cwd=tmp_path, code=1)
+    assert "is not one of ours" in said
+    assert not (tmp_path / "it-ran").exists()
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (open, (self.path, "w"))
