@@ -133,6 +133,9 @@ class Ranks:
                         os.killpg(process.pid, signal.SIGKILL)
                 os._exit(Interrupted.exit_code)
             self._asked_at = time.monotonic()
+            os.write(
+                2, b"\ninterrupted: what trains finishes its step and writes a checkpoint; a second time ends all\n"
+            )
             for process in self._processes:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)

@@ -34,6 +34,8 @@ class Saver:
         """
         found = self._team.from_main(self._store.newest)
         if found is None:
+            if any((self._job.directory.path / "checkpoints").glob("*.damaged")):
+                log(f"{self._job.stage}: no whole checkpoint is left, so it begins again at its first step")
             self._metrics.cut_back(None)
             return None
         try:
@@ -137,7 +139,7 @@ def once(job: Job, name: str, make: Callable[[Path], dict[str, Any]]) -> Checkpo
     store = Checkpoints(job.directory.path / name, keep=1)
     found = job.team.from_main(store.newest)
     if found is not None:
-        log(f"{job.stage}: {name} were made before the stage was interrupted, and are used again")
+        log(f"{job.stage}: {name}: made before the stage was interrupted, used again")
         return found
     folder = job.team.from_main(lambda: store.begin(0))
     try:
