@@ -33,7 +33,7 @@ from rlhf.recipe import (
     upstream,
 )
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, read_json, write_json
-from rlhf.runtime import visible
+from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
 
 # What a stage stands on
@@ -175,7 +175,7 @@ def run_chain(
         todo = 0
         for number, stage in enumerate(wanted, 1):
             label = f"[{number}/{len(wanted)}] {stage}"
-            plan = prepare(recipe, stage, run, fresh=fresh, command=command, again=again, label=label)
+            plan = prepare(recipe, stage, run, fresh=fresh, command=command, label=label)
             if plan is None:
                 continue
             todo += 1
@@ -198,10 +198,6 @@ def _say_what_is_there(recipe: Recipe, run: RunDir, seconds: float) -> None:
         if stage in recipe.stages:
             print(f"talk with its model: rlhf chat {run.stage(stage).model}")
             return
-
-
-def _say(message: str) -> None:
-    print(visible(message), flush=True)
 
 
 class Plan(NamedTuple):
@@ -228,29 +224,27 @@ def prepare(
     *,
     fresh: bool,
     command: str,
-    again: Callable[[str], str],
     label: str = "",
 ) -> Plan | None:
     """What is to be run, None where the stage is done; says why, moves aside what is stale, makes what begins."""
-    check_upstream(recipe, stage, run, again)
     directory, state, label = run.stage(stage), state_of(recipe, stage, run), label or stage
     if state.name in ("done", "interrupted") and not fresh:
         changes = _other_versions(directory)
         if changes:
-            _say(f"{label}: begun with other versions ({changes})")
+            log(f"{label}: begun with other versions ({changes})")
     if state.name == "done" and not fresh:
-        _say(f"{label}: done, skipped")
+        log(f"{label}: done, skipped")
         return None
     if state.name == "interrupted" and not fresh:
-        _say(f"{label}: was interrupted, goes on")
+        log(f"{label}: was interrupted, goes on")
         return Plan(directory, False, None)
     aside = None
     if directory.path.exists():
         why = "--fresh" if fresh else state.why
         aside = directory.move_aside()
-        _say(f"{label}: redone, since {why} (the old one is now {aside.name})")
+        log(f"{label}: redone, since {why} (the old one is now {aside.name})")
     else:
-        _say(f"{label}: starts")
+        log(f"{label}: starts")
     begin_stage(recipe, stage, run, command)
     return Plan(directory, True, aside)
 

@@ -72,7 +72,7 @@ def device() -> "torch.device":
 
 def log(message: str) -> None:
     """Says one thing to the user. What models and files say can't move the cursor."""
-    Console(highlight=False, soft_wrap=True).print(visible(message), markup=False)
+    Console(highlight=False, soft_wrap=True).print(visible(message), markup=False, emoji=False)
 
 
 def visible(text: str) -> str:

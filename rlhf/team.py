@@ -195,7 +195,8 @@ def rank_log(folder: Path, rank: int) -> Path:
 
 
 def announce(folder: Path, rank: int) -> None:
-    """Says which process a rank is."""
+    """Says which process a rank is, and forgets the step that one before it had reached."""
+    (folder / f"rank-{rank}.step").unlink(missing_ok=True)
     write_json(rank_file(folder, rank), {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
 
 

@@ -9,9 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from rlhf.chain import Plan, check_inputs, finish_stage, prepare, take_back
+from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare, take_back
 from rlhf.errors import Interrupted, RlhfError, StageFailed, UserError
 from rlhf.job import Job
 from rlhf.launch import TRAINING, threads_of
@@ -76,21 +77,22 @@ def run_under_launcher(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads_of(recipe, local))  # launchers set one thread
     team = join_team()
-    lock, plans = run.lock(), list[Plan | None]()
+    with ExitStack() as held:
+        plans: list[Plan | None] = []  # rank 0's
 
-    def decide() -> str:
-        try:
-            check_inputs(recipe, (stage,), team.size)
-            run.create()
-            lock.__enter__()
-            run.write_recipe(recipe)
-            plans.append(prepare(recipe, stage, run, fresh=fresh, command=command, again=again))
-            return "run" if plans[0] else ""
-        except UserError as error:
-            return f"error: {error}"
+        def decide() -> str:
+            try:
+                check_inputs(recipe, (stage,), team.size)
+                check_upstream(recipe, stage, run, again)
+                run.create()
+                held.enter_context(run.lock())
+                run.write_recipe(recipe)
+                plans.append(prepare(recipe, stage, run, fresh=fresh, command=command))
+                return "run" if plans[0] else ""
+            except UserError as error:
+                return f"error: {error}"
 
-    decision = team.from_main(decide)
-    try:
+        decision = team.from_main(decide)
         if decision.startswith("error:"):
             if team.is_main:
                 print(visible(decision), file=sys.stderr)
@@ -105,11 +107,9 @@ def run_under_launcher(
         code = run_rank(recipe, stage, run, team, interrupts)
         if plans and plans[0] and code == UserError.exit_code:
             take_back(plans[0])
-        return code
-    finally:
-        if team.is_main and decision == "run":
+        if team.is_main:
             run.write_summary()
-            lock.__exit__(None, None, None)
+        return code
 
 
 def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrupts: Interrupts) -> int:
@@ -133,8 +133,9 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
     except KeyboardInterrupt:
         return Interrupted.exit_code
     except Exception as error:
-        if watch and lost_contact(error):
-            print(f"error: {watch.lost() or 'another rank has ended'}; rank {team.rank} ends too", file=sys.stderr)
+        lost = watch.lost() if watch and lost_contact(error) else None
+        if lost:
+            print(f"error: {lost}; rank {team.rank} ends too", file=sys.stderr)
             return LOST_CONTACT
         if disk_full(error):
             return _no_room(run, stage, team.rank)

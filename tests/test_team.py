@@ -134,8 +134,10 @@ def test_the_watch_finds_the_dead_and_the_stopped_only(monkeypatch: pytest.Monke
 
 
 def test_a_rank_that_does_not_come_to_a_step_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rank-2.step").write_text("99\n")  # of a run before
     for rank in range(3):
         announce(tmp_path, rank)
+    assert not (tmp_path / "rank-2.step").exists()
     (tmp_path / "rank-1.step").write_text("5\n")
     (tmp_path / "rank-2.step").write_text("4\n")
     watch = PeerWatch(tmp_path, Team(0, 3))

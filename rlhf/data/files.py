@@ -25,7 +25,7 @@ def source_files(source: Source, root: Path) -> list[Path]:
     anchor = Path(pattern.anchor) if pattern.is_absolute() else root
     try:
         found = sorted(p for p in anchor.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, OSError) as error:  # such as a**b
         raise MissingInput(f"path {source.path!r}: {error}") from None
     if not found:
         raise MissingInput(f"no file {whole} (relative paths start at data.root, which is {str(root)!r})")
