@@ -19,16 +19,19 @@ from pydantic import BaseModel
 
 import rlhf
 from rlhf.data.files import source_files
-from rlhf.errors import MissingInput, UserError
+from rlhf.errors import MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
+from rlhf.plugins import check_function, function_file
 from rlhf.recipe import (
     STAGES,
+    External,
     FewShotSection,
     Recipe,
+    RequireSection,
     Source,
     StageName,
+    externals,
     microbatches,
-    needs_base,
     result_fields,
     upstream,
 )
@@ -55,7 +58,8 @@ def sources_in(section: BaseModel) -> Iterator[Source]:
 
 def _uses_tinyworld(recipe: Recipe, stage: StageName) -> bool:
     """Whether the built-in world makes something of what this stage reads, labels or asks."""
-    labelled = stage == "reward" and recipe.reward is not None and recipe.reward.collect is not None
+    collect = recipe.reward.collect if stage == "reward" and recipe.reward else None
+    labelled = collect is not None and collect.labeller == "tinyworld"
     asked = stage == "evaluate" and recipe.evaluate is not None and "tinyworld" in recipe.evaluate.fewshot.tasks
     return labelled or asked or any(source.builtin for source in sources_in(getattr(recipe, stage)))
 
@@ -73,11 +77,11 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
             inputs[f"file {_below(path, Path(recipe.data.root))}"] = _digest_input(path)
     if _uses_tinyworld(recipe, stage):
         inputs["tinyworld"] = digest_folder(Path(rlhf.__file__).parent / "tinyworld")
-    if needs_base(recipe, stage) and recipe.base:
-        inputs["base"] = digest_folder(Path(recipe.base)) if Path(recipe.base).is_dir() else recipe.base
-    if stage == "reward" and recipe.reward and recipe.reward.from_:
-        judge = Path(recipe.reward.from_)
-        inputs["reward.from"] = digest_folder(judge) if judge.is_dir() else recipe.reward.from_
+    for external in externals(recipe, stage):
+        name = external.key if external.key in ("base", "reward.from") else f"{external.key} {external.value}"
+        inputs[name] = _digest_external(external, Path(recipe.data.root))
+    if stage == "reward" and recipe.reward and recipe.reward.collect and recipe.reward.collect.labeller == "person":
+        inputs["labels"] = digest_folder(run.labels) if run.labels.is_dir() else ""
     if stage == "evaluate" and recipe.evaluate:
         for task in recipe.evaluate.fewshot.tasks:
             if task != "tinyworld":
@@ -86,6 +90,15 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     for name in upstream(recipe, stage):
         inputs[f"stage {name}"] = run.stage(name).output_digest()
     return inputs
+
+
+def _digest_external(external: External, root: Path) -> str:
+    """The digest of a model's folder, a file or a Python file; a hub id or module stands for itself."""
+    if external.kind in ("file", "python"):
+        file = root / external.value if external.kind == "file" else function_file(external.value, root)
+        return _digest_input(file) if file else external.value
+    folder = Path(external.value)
+    return digest_folder(folder) if folder.is_dir() else external.value
 
 
 def _below(path: Path, root: Path) -> Path:
@@ -118,6 +131,8 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     if was.get("data.on_bad_row") == "error" and now.get("data.on_bad_row") == "skip" and "data.on_bad_row" in changed:
         changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip
+    if directory.summary() is None and "labels" in changed:
+        changed.remove("labels")  # a person is still labelling; what was used is written down at the end
     if changed:
         return State("stale", _describe_changes(changed, was, now) if was else "it was never really begun")
     if directory.summary() is None:
@@ -143,6 +158,39 @@ def _describe_changes(changed: list[str], was: dict[str, Any], now: dict[str, An
             words.append(f"{key}: {was.get(key)} -> {now.get(key)}")
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return "; ".join(words) + more
+
+
+# The gate before PPO
+
+
+def check_gate(recipe: Recipe, stage: StageName, run: RunDir) -> None:
+    """Raises StageFailed, with the reasons, where a finished reward stage lacks what `reward.require` asks for."""
+    if stage != "reward" or recipe.reward is None:
+        return
+    reasons = unmet(recipe.reward.require, run.stage("reward").summary() or {})
+    if reasons:
+        raise StageFailed(
+            f"the judge in {run.stage('reward').path} is not what reward.require asks for: {'; '.join(reasons)}. The "
+            "stage is kept; better comparisons or other settings make a better judge, another reward.require lets this "
+            "one pass"
+        )
+
+
+def unmet(require: RequireSection, summary: dict[str, Any]) -> list[str]:
+    """What of the requirements the reward stage's summary doesn't show, each with its figures."""
+    found = []
+    for name, wanted in (("accuracy", require.accuracy), ("gold_accuracy", require.gold_accuracy)):
+        value = summary.get(name)
+        if wanted is not None and (value is None or value < wanted):
+            found.append(f"{name} {'is not known' if value is None else value}, required {wanted}")
+    accuracy, length = summary.get("accuracy"), summary.get("length_baseline_accuracy")
+    if require.beats_length and (accuracy is None or length is None or accuracy <= length):
+        found.append(f"accuracy {accuracy} does not beat preferring the longer response, {length}")
+    error = summary.get("calibration_error")
+    if require.calibration_error is not None and (error is None or error > require.calibration_error):
+        shown = "is not known" if error is None else error
+        found.append(f"calibration_error {shown}, required at most {require.calibration_error}")
+    return found
 
 
 # Running
@@ -177,6 +225,7 @@ def run_chain(
             label = f"[{number}/{len(wanted)}] {stage}"
             plan = prepare(recipe, stage, run, fresh=fresh, command=command, label=label)
             if plan is None:
+                check_gate(recipe, stage, run)
                 continue
             todo += 1
             run.write_summary()  # without what was moved aside
@@ -185,7 +234,8 @@ def run_chain(
             except SystemExit:  # the user's input was refused
                 take_back(plan)
                 raise
-        run.write_summary()
+            run.write_summary()
+            check_gate(recipe, stage, run)
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
     elif len(wanted) > 1:
@@ -226,7 +276,12 @@ def prepare(
     command: str,
     label: str = "",
 ) -> Plan | None:
-    """What is to be run, None where the stage is done; says why, moves aside what is stale, makes what begins."""
+    """What is to be run, None where the stage is done; says why, moves aside what is stale, makes what begins.
+
+    Raises StageFailed where the stage may not learn from the judge that it stands on.
+    """
+    for name in upstream(recipe, stage):
+        check_gate(recipe, name, run)
     directory, state, label = run.stage(stage), state_of(recipe, stage, run), label or stage
     if state.name in ("done", "interrupted") and not fresh:
         changes = _other_versions(directory)
@@ -261,12 +316,10 @@ def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) 
             microbatches(recipe, stage, processes)
         for source in sources_in(getattr(recipe, stage)):
             source_files(source, Path(recipe.data.root))
-            if source.builtin and source.rows is None and stage != "ppo":
+            if source.builtin and source.rows is None and stage not in ("reward", "ppo"):
                 raise UserError(f"{stage}: the source builtin: {source.builtin} never ends; say how many with rows:")
-        if needs_base(recipe, stage) and recipe.base:
-            _check_model_directory("base", recipe.base, judge=False)
-        if stage == "reward" and recipe.reward and recipe.reward.from_:
-            _check_model_directory("reward.from", recipe.reward.from_, judge=True)
+        for external in externals(recipe, stage):
+            _check_external(external, Path(recipe.data.root))
         if stage == "evaluate" and recipe.evaluate:
             _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
 
@@ -279,8 +332,23 @@ def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
             raise MissingInput(f"evaluate.fewshot.tasks: no folder {root / task} (and `tinyworld` is built in)")
 
 
-def _check_model_directory(key: str, name: str, *, judge: bool) -> None:
-    """A local directory must hold a model; what looks like a path must exist; anything else is a hub id."""
+def _check_external(external: External, root: Path) -> None:
+    """A file must exist; a local directory must hold a model of the right kind."""
+    if external.kind == "python":
+        check_function(external.key, external.value, root)
+    elif external.kind == "file":
+        if not (root / external.value).is_file():
+            raise MissingInput(f"{external.key}: no file {root / external.value} (relative paths start at data.root)")
+    else:
+        wanted = {"judge": True, "causal_lm": False}.get(external.kind)
+        _check_model_directory(external.key, external.value, judge=wanted)
+
+
+def _check_model_directory(key: str, name: str, *, judge: bool | None) -> None:
+    """A local directory must hold a model; what looks like a path must exist; anything else is a hub id.
+
+    `judge` says whether it must be a sequence classifier or must not be one; None takes either.
+    """
     path = Path(name)
     if path.is_dir():
         config = read_json(path / "config.json")
@@ -288,7 +356,7 @@ def _check_model_directory(key: str, name: str, *, judge: bool) -> None:
             raise MissingInput(f"{key}: {path} holds no config.json, so it is no Hugging Face model directory")
         kinds = config.get("architectures") or []
         is_judge = any("SequenceClassification" in str(kind) for kind in kinds)
-        if kinds and is_judge != judge:
+        if kinds and judge is not None and is_judge != judge:
             wanted = "a reward model (a sequence classifier)" if judge else "a causal LM"
             raise UserError(f"{key}: {path} is {', '.join(map(str, kinds))}, not {wanted}")
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -339,8 +407,10 @@ def begin_stage(recipe: Recipe, stage: StageName, run: RunDir, command: str) -> 
 def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
     """Writes the digest of what came out, then the summary, last: its existence says that the stage is complete."""
     output = digest_folder(directory.model) if directory.model.is_dir() else ""
-    made = {"output": output, "files": files_in(directory.model)}
-    write_json(directory.manifest_file, {**directory.manifest(), **made})
+    manifest = {**directory.manifest(), "output": output, "files": files_in(directory.model)}
+    if "labels_digest" in summary:  # what a person has answered, as it was when the stage took it
+        manifest["inputs"]["labels"] = summary["labels_digest"]
+    write_json(directory.manifest_file, manifest)
     write_json(directory.summary_file, summary)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf.errors import StageFailed, UserError
-from rlhf.model import check_vocabulary, load_causal_lm
+from rlhf.model import check_vocabulary, end_ids, load_causal_lm
 from rlhf.runtime import derive_seed, device, print_anything, quiet_libraries, visible
 from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer
 
@@ -24,8 +24,7 @@ def chat_loop(directory: Path, *, system: str, max_tokens: int, temperature: flo
     context = int(getattr(model.config, "max_position_embeddings", 2**31))
     messages: Messages = [{"role": "system", "content": system}] if system else []
     generator = torch.Generator().manual_seed(derive_seed(seed, "chat"))
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    ends = set(end_ids(model, tokenizer))
     check_vocabulary(model, tokenizer, directory)
     print_anything()
     typed = sys.stdin.isatty()

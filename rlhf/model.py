@@ -242,6 +242,13 @@ def use_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             setattr(model.generation_config, key, value)
 
 
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS and what the model's generation configuration adds."""
+    configured = model.generation_config.eos_token_id if getattr(model, "generation_config", None) else None
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
     """Raises UserError where the tokenizer has tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().num_embeddings

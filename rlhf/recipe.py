@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -51,6 +51,9 @@ class Source(Section):
     split: str = Field("train", description="which split of the hub's data set")
     subset: str | None = Field(None, description="which configuration of the hub's data set")
     streaming: bool = Field(False, description="read the hub's data set row by row, without downloading it whole")
+    format: Literal["trl", "alpaca", "sharegpt", "chatml"] = Field(
+        "trl", description="the shape of the rows; the other three are converted to TRL's"
+    )
     rows: int | None = Field(None, ge=1, description="take this many rows (needed for builtin: it never ends)")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often each row is used: 2 is twice, 0.5 is a random half"
@@ -157,54 +160,154 @@ class Sampling(Section):
     temperature: float = Field(1.0, ge=0.01, le=100, description="divides the logits")
 
 
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in place of the whole weights, through PEFT."""
+
+    rank: int = Field(16, ge=1, le=4096, description="inner size of each adapter")
+    alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="modules that get an adapter, by the last part of their names; all-linear: all but the output head",
+    )
+
+
+class EarlyStoppingSection(Section):
+    """Ends a stage when its validation loss no longer falls, and keeps the weights with which it was lowest."""
+
+    every: int = Field(50, ge=1, description="steps between the validations that decide")
+    patience: int = Field(3, ge=1, description="validations without a new lowest loss after which the stage ends")
+    min_gain: float = Field(0.0, ge=0, description="a loss counts as lower when it is lower by more than this (nats)")
+
+
+TooLong = Literal["drop", "truncate", "error"]
+
+
 class SftSection(Section):
     """Supervised fine-tuning on conversations, the loss on the assistant's turns only."""
 
     train: Sources = Field(description="conversations to learn from")
     validation: Sources = Field(description="conversations to measure on")
-    chat_template: Literal["rlhf", "chatml"] = Field("rlhf", description="for a base that has no chat template")
-    steps: int = Field(ge=1, description="optimiser steps")
+    chat_template: str = Field(
+        "rlhf", min_length=1, description="for a base that has none: rlhf, chatml, or a Jinja file below data.root"
+    )
+    replace_chat_template: bool = Field(False, description="give the base `chat_template` even if it has one")
+    end_token: str | None = Field(
+        None, min_length=1, description="what ends the assistant's turn in the template; default: the tokenizer's EOS"
+    )
+    loss_on: Literal["all", "last"] = Field("all", description="learn every assistant turn, or the last one only")
+    steps: int = Field(ge=1, description="optimiser steps, at most")
     dialogues_per_step: int = Field(ge=1, description="conversations of one optimiser step, over all processes")
     microbatch_size: int | None = Field(None, ge=1, description="conversations of one forward pass; default: all")
-    max_tokens: int = Field(ge=8, description="longest conversation in tokens; longer ones are left out and counted")
+    packing: bool = Field(
+        False, description="lay the conversations of a forward pass end to end, isolated, instead of padding them"
+    )
+    max_tokens: int = Field(ge=8, description="longest conversation in tokens")
+    too_long: TooLong = Field(
+        "drop", description="longer conversations are dropped, truncated at their end, or an error; always counted"
+    )
     learning_rate: float = Field(gt=0, le=100, description="peak learning rate of AdamW, cosine to 10 %")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    lora: LoraSection | None = Field(None, description="train low-rank adapters instead of all weights")
+    early_stopping: EarlyStoppingSection | None = Field(None, description="end when the validation loss stops falling")
     sampling: Sampling = Field(description="how responses are drawn to see whether they end by themselves")
     sampled_prompts: int = Field(128, ge=1, description="validation prompts to draw responses for")
+    ended_warning: float = Field(
+        0.9, ge=0, le=1, description="warn if fewer of them end by themselves", json_schema_extra=_NO_RESULT
+    )
     validate_every: int = Field(100, ge=1, description="steps between validations", json_schema_extra=_NO_RESULT)
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
 
 
-class CollectSection(Section):
-    """Comparisons made here: responses that the SFT model samples, labelled by the built-in world's labellers."""
+class SamplerSection(Section):
+    """A model that responses are drawn from."""
 
-    labeller: Literal["tinyworld"] = Field("tinyworld", description="whose prompts, and who compares the responses")
+    model: str = Field("sft", description="`sft`: the model that the stage stands on; else a directory or hub id")
+    temperature: float | None = Field(None, ge=0.01, le=100, description="divides the logits; default: sampling's")
+
+
+class CollectSection(Section):
+    """Comparisons made here: responses are drawn to prompts, and a labeller compares every two of a prompt."""
+
+    prompts: Sources = Field((Source(builtin="tinyworld"),), description="prompts; some of them are held out as test")
     train_prompts: int = Field(ge=1, description="training prompts, at most as many as there are")
     test_prompts: int = Field(ge=1, description="held-out prompts, at most as many as there are")
     responses_per_prompt: int = Field(2, ge=2, description="responses of a prompt; all different ones are compared")
+    samplers: tuple[SamplerSection, ...] = Field(
+        (SamplerSection(),), min_length=1, description="the models that answer; a prompt's responses go round them"
+    )
     sampling: Sampling = Field(description="how the responses are drawn")
+    labeller: str = Field(
+        "tinyworld",
+        description="who compares: tinyworld, person (`rlhf label`), file:PATH, or python:MODULE:FUNCTION",
+    )
+
+    @model_validator(mode="after")
+    def _labeller_is_known(self) -> CollectSection:
+        kind, _, rest = self.labeller.partition(":")
+        if kind not in ("tinyworld", "person", "file", "python") or (kind in ("file", "python")) != bool(rest):
+            raise ValueError(
+                f"labeller {self.labeller!r}: known are tinyworld, person, file:PATH, python:MODULE:FUNCTION and "
+                "python:FILE.py:FUNCTION"
+            )
+        if self.labeller == "tinyworld" and any(source.builtin is None for source in self.prompts):
+            raise ValueError("the labeller tinyworld knows its own prompts only; name another for prompts of yours")
+        return self
+
+
+class RequireSection(Section):
+    """What a judge must reach on held-out comparisons, or the chain stops before PPO learns from it."""
+
+    accuracy: float | None = Field(None, ge=0, le=1, description="at least this accuracy")
+    gold_accuracy: float | None = Field(None, ge=0, le=1, description="at least this accuracy on the known truth")
+    beats_length: bool = Field(False, description="more accurate than preferring the longer response")
+    calibration_error: float | None = Field(
+        None, ge=0, le=1, description="at most this expected calibration error, after its temperature"
+    )
 
 
 class RewardSection(Section):
     """A reward model: Bradley-Terry on comparisons of two responses to the same prompt."""
 
     from_: str | None = Field(None, alias="from", description="an existing judge's directory; nothing is trained")
-    collect: CollectSection | None = Field(None, description="make comparisons from the SFT model's own responses")
+    start: str | None = Field(
+        None, description="directory or hub id that training starts from; default: the model that the stage stands on"
+    )
+    collect: CollectSection | None = Field(None, description="draw responses and have them compared")
     train: tuple[Source, ...] = Field((), description="comparisons from files to learn from")
     test: tuple[Source, ...] = Field((), description="comparisons from files to measure on")
     epochs: float = Field(1.0, gt=0, description="passes over the comparisons")
     pairs_per_step: int = Field(32, ge=1, description="comparisons of one optimiser step, over all processes")
     microbatch_size: int | None = Field(None, ge=1, description="comparisons of one forward pass; default: all")
-    max_tokens: int = Field(
-        512, ge=8, description="longest prompt with response in tokens; longer are left out, counted"
+    max_tokens: int = Field(512, ge=8, description="longest prompt with response in tokens")
+    too_long: TooLong = Field(
+        "drop", description="longer pairs are dropped, their prompts truncated at the start, or an error; counted"
     )
     learning_rate: float = Field(1e-4, gt=0, le=100, description="peak learning rate of AdamW, cosine to 10 %")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    margin_scale: float = Field(1.0, ge=0, description="times the rows' own `margin`; 0 leaves margins out")
+    centering: float = Field(0.0, ge=0, description="weight of the squared sum of a pair's scores (Eisenstein 2023)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="assumed share of labels that are the wrong way round"
+    )
+    heads: int = Field(
+        1, ge=1, le=64, description="score heads, each on its own bootstrap of the pairs: mean and spread"
+    )
+    lora: LoraSection | None = Field(None, description="train low-rank adapters and the head instead of all weights")
+    normalisation_prompts: int = Field(
+        256, ge=2, description="prompts whose responses by the reference give the score its mean 0 and variance 1"
+    )
+    sampling: Sampling | None = Field(None, description="how those responses are drawn; default: collect's or ppo's")
     gold_margin: float = Field(0.2, ge=0, description="gold_accuracy counts pairs whose gold differs by at least this")
+    require: RequireSection = Field(
+        default=RequireSection(), description="the gate before PPO", json_schema_extra=_NO_RESULT
+    )
+    validate_every: int = Field(100, ge=1, description="steps between validations", json_schema_extra=_NO_RESULT)
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
 
     @model_validator(mode="after")
@@ -213,7 +316,41 @@ class RewardSection(Section):
             raise ValueError("the built-in world has no comparisons in store; `collect` makes them")
         if self.from_ is None and self.collect is None and not (self.train and self.test):
             raise ValueError("needs comparisons: `collect`, or `train` and `test`, or an existing judge in `from`")
+        if self.from_ is not None and self.start is not None:
+            raise ValueError("either `from` (an existing judge) or `start` (what a new one starts from), not both")
         return self
+
+
+class JudgeSection(Section):
+    """One part of what PPO optimises: exactly one of `model` and `python`."""
+
+    name: str | None = Field(None, min_length=1, description="what it is called in metrics; default: after its source")
+    model: str | None = Field(
+        None, description="`reward`: the reward stage's model; else a sequence classifier's directory or hub id"
+    )
+    python: str | None = Field(None, description="MODULE:FUNCTION or FILE.py:FUNCTION: conversations -> scores")
+    weight: float = Field(1.0, description="times its score in the sum; negative: a penalty")
+    label: str | None = Field(None, description="which output counts, where a classifier has several (name or number)")
+    chat_template: str | None = Field(None, description="Jinja file for the classifier; default: its tokenizer's own")
+    uncertainty_penalty: float = Field(
+        0.0, ge=0, description="times the spread of an ensemble's heads, taken from its mean"
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> JudgeSection:
+        if (self.model is None) == (self.python is None):
+            raise ValueError("a judge has exactly one of the keys model, python")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What it is called in metrics."""
+        if self.name:
+            return self.name
+        if self.python:
+            return self.python.rpartition(":")[2]
+        assert self.model is not None
+        return Path(self.model).name
 
 
 class KlSection(Section):
@@ -227,6 +364,9 @@ class PpoSection(Section):
 
     prompts: Sources = Field(description="prompts to learn on")
     test_prompts: Sources = Field(description="prompts to measure on, before and after")
+    judge: tuple[JudgeSection, ...] = Field(
+        (JudgeSection(model="reward"),), min_length=1, description="what gives the scores: a weighted sum of these"
+    )
     updates: int = Field(ge=1, description="rollout and optimisation, this many times")
     episodes_per_update: int = Field(ge=1, description="prompts with a response in one update, over all processes")
     epochs: int = Field(2, ge=1, description="passes over an update's episodes")
@@ -235,7 +375,9 @@ class PpoSection(Section):
     sampling: Sampling = Field(description="how responses are drawn; temperature also scales the policy's logits")
     learning_rate: float = Field(gt=0, le=100, description="of the policy, Adam")
     critic_learning_rate: float | None = Field(None, gt=0, le=100, description="of the critic; default: the policy's")
-    critic_from: Literal["reward", "policy"] = Field("reward", description="the weights that the critic starts from")
+    critic_from: Literal["reward", "policy"] | None = Field(
+        None, description="the weights that the critic starts from; default: the reward model where it fits"
+    )
     critic_warmup: int = Field(0, ge=0, description="first updates in which only the critic learns")
     kl: KlSection = Field(default=KlSection(), description="the penalty that keeps the policy near the reference")
     clip_ratio: float = Field(0.2, gt=0, description="epsilon of the clipped policy loss")
@@ -253,6 +395,9 @@ class PpoSection(Section):
             raise ValueError(
                 f"episodes_per_update {self.episodes_per_update} is not a multiple of minibatches {self.minibatches}"
             )
+        titles = [judge.title for judge in self.judge]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"judge: two parts have one name ({', '.join(titles)}); give them names")
         return self
 
 
@@ -336,7 +481,14 @@ class Recipe(Section):
                 if tokens > self.model.context:
                     raise ValueError(f"{key} is {tokens}, more than model.context, which is {self.model.context}")
         if "ppo" in self.stages and "reward" not in self.stages:
-            raise ValueError("ppo needs a judge: add the stage reward (`reward: {from: DIR}` takes an existing one)")
+            assert self.ppo is not None
+            if any(judge.model == "reward" for judge in self.ppo.judge):
+                raise ValueError(
+                    "ppo needs a judge: add the stage reward (`reward: {from: DIR}` takes an existing one), or name "
+                    "others in ppo.judge"
+                )
+            if self.ppo.critic_from == "reward":
+                raise ValueError("ppo.critic_from: there is no stage reward to start the critic from")
         return self
 
 
@@ -393,6 +545,44 @@ def needs_base(recipe: Recipe, stage: StageName) -> bool:
     if stage == "evaluate":
         return True
     return stage in ("sft", "reward", "ppo") and not {"pretrain", "sft"} & set(upstream(recipe, stage))
+
+
+class External(NamedTuple):
+    """Something from outside the run's directory and the data sources that a stage reads."""
+
+    key: str  # of the recipe
+    value: str  # directory, hub id, file, or MODULE:FUNCTION
+    kind: Literal["causal_lm", "judge", "base", "python", "file"]
+
+
+def externals(recipe: Recipe, stage: StageName) -> list[External]:
+    """The models, files and Python functions that a stage's section names."""
+    found: list[External] = []
+    if needs_base(recipe, stage) and recipe.base:
+        found.append(External("base", recipe.base, "causal_lm"))
+    if stage == "sft" and recipe.sft and recipe.sft.chat_template not in ("rlhf", "chatml"):
+        found.append(External("sft.chat_template", recipe.sft.chat_template, "file"))
+    if stage == "reward" and recipe.reward:
+        section = recipe.reward
+        if section.from_:
+            found.append(External("reward.from", section.from_, "judge"))
+        if section.start:
+            found.append(External("reward.start", section.start, "base"))
+        if section.collect:
+            kind, _, rest = section.collect.labeller.partition(":")
+            if kind in ("file", "python"):
+                found.append(External("reward.collect.labeller", rest, "file" if kind == "file" else "python"))
+            others = [sampler.model for sampler in section.collect.samplers if sampler.model != "sft"]
+            found += [External("reward.collect.samplers", model, "causal_lm") for model in others]
+    if stage == "ppo" and recipe.ppo:
+        for judge in recipe.ppo.judge:
+            if judge.python:
+                found.append(External("ppo.judge", judge.python, "python"))
+            elif judge.model and judge.model != "reward":
+                found.append(External("ppo.judge", judge.model, "judge"))
+            if judge.chat_template:
+                found.append(External("ppo.judge.chat_template", judge.chat_template, "file"))
+    return found
 
 
 # Reading

@@ -233,6 +233,11 @@ class RunDir:
         """The directory of one stage (it need not exist)."""
         return StageDir(self.path / name)
 
+    @property
+    def labels(self) -> Path:
+        """Where a person's comparisons are kept: preference files."""
+        return self.path / "labels"
+
     def write_recipe(self, recipe: Recipe) -> None:
         """Saves the resolved recipe."""
         write_atomically(self.path / "recipe.yaml", dump_recipe(recipe))

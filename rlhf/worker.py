@@ -89,14 +89,15 @@ def run_under_launcher(
                 run.write_recipe(recipe)
                 plans.append(prepare(recipe, stage, run, fresh=fresh, command=command))
                 return "run" if plans[0] else ""
-            except UserError as error:
-                return f"error: {error}"
+            except RlhfError as error:
+                return f"error {error.exit_code}: {error}"
 
         decision = team.from_main(decide)
-        if decision.startswith("error:"):
+        if decision.startswith("error "):
+            code, _, why = decision.removeprefix("error ").partition(": ")
             if team.is_main:
-                print(visible(decision), file=sys.stderr)
-            return UserError.exit_code
+                print(visible(f"error: {why}"), file=sys.stderr)
+            return int(code)
         if not decision:
             return 0
         folder = run.stage(stage).path / "ranks"
@@ -104,12 +105,12 @@ def run_under_launcher(
         _redirect(rank, folder)
         announce(folder, rank)
         team.check_same("the recipe", dump_recipe(recipe))
-        code = run_rank(recipe, stage, run, team, interrupts)
-        if plans and plans[0] and code == UserError.exit_code:
+        ended = run_rank(recipe, stage, run, team, interrupts)
+        if plans and plans[0] and ended == UserError.exit_code:
             take_back(plans[0])
         if team.is_main:
             run.write_summary()
-        return code
+        return ended
 
 
 def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrupts: Interrupts) -> int:

@@ -1,19 +1,24 @@
 """What several stages do alike: open their data, find the model that they start from, order rows, check lengths."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, RecipeError
-from rlhf.recipe import Recipe, Source, StageName, upstream
+from rlhf.job import Job
+from rlhf.model import end_ids, load_causal_lm
+from rlhf.recipe import STAGES, Recipe, Sampling, Source, StageName, externals, upstream
+from rlhf.rollout import CacheEngine, Response, uniforms
 from rlhf.rundir import RunDir
-from rlhf.runtime import derive_seed, log
+from rlhf.runtime import Bar, derive_seed, log
 from rlhf.tinyworld.words import Split
+from rlhf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
@@ -38,19 +43,39 @@ def report_faults(dataset: data.DataSet) -> None:
         log(dataset.faults.report())
 
 
-def starting_model(recipe: Recipe, run: RunDir, stage: StageName) -> str:
-    """The directory or hub id of the model that this stage starts from: the latest of sft, pretrain, base."""
+class Start(NamedTuple):
+    """The model that a stage starts from."""
+
+    name: str  # directory or hub id
+    remote_code: bool  # whether Python code that comes with it may be run
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return load_tokenizer(self.name, remote_code=self.remote_code)
+
+    def causal_lm(self) -> PreTrainedModel:
+        """Its weights as a causal LM, in float32, on the CPU."""
+        return load_causal_lm(self.name, remote_code=self.remote_code)
+
+
+def starting_model(recipe: Recipe, run: RunDir, stage: StageName) -> Start:
+    """The latest model that the stage stands on: of sft, of pretrain, or the recipe's base."""
     for name in ("sft", "pretrain"):
         if name in upstream(recipe, stage):
-            return str(run.stage(name).model)
+            return named_model(recipe, str(run.stage(name).model))
     if recipe.base is None:
         raise RecipeError(f"{stage} has no model to start from: add the stage pretrain or `base`")
-    return recipe.base
+    return named_model(recipe, recipe.base)
+
+
+def named_model(recipe: Recipe, name: str) -> Start:
+    """A model by its directory or hub id."""
+    return Start(name, runs_code(recipe, name))
 
 
 def runs_code(recipe: Recipe, model: str) -> bool:
     """Whether Python code that comes with a model may be run: the recipe names it, or the base that it was made of."""
-    brought = model in (recipe.base, recipe.reward.from_ if recipe.reward else None)
+    brought = any(model == external.value for stage in STAGES for external in externals(recipe, stage))
     return model in recipe.trust_remote_code or (not brought and recipe.base in recipe.trust_remote_code)
 
 
@@ -84,6 +109,34 @@ def fitting(
             f"{what}: no prompt leaves room for a response of {max_tokens} tokens in a context of {context_of(model)}"
         )
     return fit
+
+
+def sample_responses(
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    seed: int,
+    what: str = "",
+) -> list[Response]:
+    """A response to each prompt of token ids, drawn by all ranks together; every rank has them all.
+
+    Row i's draws depend on (seed, i) alone. `what` names the progress bar; without it none is shown.
+    """
+    with Bar(what, len(prompts)) if what else nullcontext() as bar:
+        engine = CacheEngine(
+            model,
+            end_ids=end_ids(model, tokenizer),
+            pad_id=tokenizer.pad_token_id,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            progress=(lambda done: bar.show(min(done * job.team.size, len(prompts)))) if bar else None,
+        )
+        return job.team.share(
+            range(len(prompts)),
+            lambda mine: engine.generate([prompts[i] for i in mine], uniforms(seed, 0, mine, sampling.max_tokens)),
+        )
 
 
 BUCKET = 16  # steps whose rows are sorted by length together

@@ -35,7 +35,7 @@ from rlhf.model import (
     count_parameters,
     critic_from_policy,
     critic_from_scorer,
-    load_causal_lm,
+    end_ids,
     load_scorer,
     model_card,
     save_model,
@@ -47,8 +47,8 @@ from rlhf.saver import Saver, once
 from rlhf.team import Team
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import best_response, gold_reward
-from rlhf.tokenizer import Messages, encode_prompt, load_tokenizer
-from stages.common import card_facts, fitting, open_data, report_faults, runs_code, starting_model
+from rlhf.tokenizer import Messages, encode_prompt
+from stages.common import Start, card_facts, fitting, open_data, report_faults, starting_model
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 
@@ -110,9 +110,8 @@ def run(job: Job) -> dict[str, Any]:
     assert settings is not None
     accelerator = make_accelerator()
     start = starting_model(recipe, run, "ppo")
-    remote_code = runs_code(recipe, start)
-    tokenizer = load_tokenizer(start, remote_code=remote_code)
-    roles = _load_roles(settings, start, str(run.stage("reward").model), tokenizer, accelerator, remote_code)
+    tokenizer = start.tokenizer()
+    roles = _load_roles(settings, start, str(run.stage("reward").model), tokenizer, accelerator)
     prompts = _prompts(recipe, settings, tokenizer, roles.policy, "train")
     test = _prompts(recipe, settings, tokenizer, roles.policy, "test")
     minibatch = settings.episodes_per_update // settings.minibatches
@@ -124,11 +123,11 @@ def run(job: Job) -> dict[str, Any]:
         f"microbatches x {size}); "
         f"{len(prompts):,} prompts, {len(test):,} test prompts"
     )
-    end_ids = _end_ids(roles.policy, tokenizer)
-    measure = partial(_measure, job.team, roles, tokenizer, test, settings, recipe.seed, end_ids)
+    ends = end_ids(roles.policy, tokenizer)
+    measure = partial(_measure, job.team, roles, tokenizer, test, settings, recipe.seed, ends)
     before = Measured.from_facts(once(job, "before", lambda _: measure().facts()).facts)
     log(f"ppo: before: {before.line()}")
-    learner = Learner(job.team, recipe.seed, settings, roles, tokenizer, prompts, end_ids, size, accelerator)
+    learner = Learner(job.team, recipe.seed, settings, roles, tokenizer, prompts, ends, size, accelerator)
     metrics = job.metrics()
     saver = Saver(job, metrics)
     found = saver.resume()
@@ -176,24 +175,20 @@ def run(job: Job) -> dict[str, Any]:
 
 def _load_roles(
     settings: PpoSection,
-    start: str,
+    start: Start,
     judge: str,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
-    remote_code: bool,
 ) -> Roles:
-    load_policy, load_judge = (
-        partial(load, directory, remote_code=remote_code)
-        for load, directory in ((load_causal_lm, start), (load_scorer, judge))
-    )
-    policy, reference, scorer = load_policy(), load_policy(), load_judge()
-    if settings.critic_from == "reward":
-        critic = critic_from_scorer(load_judge(), score_mean(scorer))
+    load_judge = partial(load_scorer, judge, remote_code=start.remote_code)
+    policy, reference, scorer = start.causal_lm(), start.causal_lm(), load_judge()
+    if settings.critic_from == "policy":
+        critic = critic_from_policy(start.causal_lm())
     else:
-        critic = critic_from_policy(load_policy())
+        critic = critic_from_scorer(load_judge(), score_mean(scorer))
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
-        raise UserError(f"{start}: pad and end token must be different tokens (pad {pad}, end {end})")
+        raise UserError(f"{start.name}: pad and end token must be different tokens (pad {pad}, end {end})")
     for frozen in (reference, scorer):
         frozen.requires_grad_(False)
         frozen.eval().to(accelerator.device)
@@ -211,13 +206,6 @@ def _prompts(
     return fitting(found, lambda prompt: len(prompt.ids), policy, settings.sampling.max_tokens, key)
 
 
-def _end_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS and what the generation configuration adds."""
-    configured = policy.generation_config.eos_token_id if policy.generation_config else None
-    more = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
-
-
 # One update
 
 
@@ -232,12 +220,12 @@ class Learner:
         roles: Roles,
         tokenizer: PreTrainedTokenizerBase,
         prompts: list[Prompt],
-        end_ids: list[int],
+        ends: list[int],
         microbatch: int,
         accelerator: Accelerator,
     ) -> None:
         self._settings, self._roles, self._tokenizer, self._prompts = settings, roles, tokenizer, prompts
-        self._seed, self._end_ids, self._microbatch = seed, end_ids, microbatch
+        self._seed, self._ends, self._microbatch = seed, ends, microbatch
         self._team, self._accelerator = team, accelerator
         policy_optimizer = torch.optim.AdamW(
             roles.policy.parameters(),
@@ -322,7 +310,7 @@ class Learner:
             [first + index for index in mine],
             s.sampling.max_tokens,
         )
-        engine = _engine(self._roles.policy, self._tokenizer, s, self._end_ids)
+        engine = _engine(self._roles.policy, self._tokenizer, s, self._ends)
         responses = engine.generate([prompt.ids for prompt in prompts], draws)
         conversations = [_conversation(self._tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
         scores = self._roles.judge.scores(conversations)
@@ -522,11 +510,11 @@ def _rows_of(values: list[list[float]], like: Tensor) -> Tensor:
 
 
 def _engine(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PpoSection, end_ids: list[int]
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PpoSection, ends: list[int]
 ) -> CacheEngine:
     return CacheEngine(
         policy,
-        end_ids=end_ids,
+        end_ids=ends,
         pad_id=tokenizer.pad_token_id,
         max_tokens=settings.sampling.max_tokens,
         temperature=settings.sampling.temperature,
@@ -578,7 +566,7 @@ def _measure(
     test: list[Prompt],
     settings: PpoSection,
     seed: int,
-    end_ids: list[int],
+    ends: list[int],
 ) -> Measured:
     """Samples a response to every test prompt, with the same draws each time, and scores them."""
     draw_seed = derive_seed(seed, "ppo", "test")
@@ -586,7 +574,7 @@ def _measure(
     def answer(mine: list[int]) -> list[tuple[Response, Conversation, float, float]]:
         prompts = [test[index] for index in mine]
         draws = uniforms(draw_seed, 0, mine, settings.sampling.max_tokens)
-        responses = _engine(roles.policy, tokenizer, settings, end_ids).generate([p.ids for p in prompts], draws)
+        responses = _engine(roles.policy, tokenizer, settings, ends).generate([p.ids for p in prompts], draws)
         conversations = [_conversation(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
         blank = _pack(prompts, responses, tokenizer.pad_token_id, roles.policy)
         kl: list[float] = []

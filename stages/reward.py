@@ -25,7 +25,6 @@ from rlhf.job import Job
 from rlhf.judge import raw_scores, score_mean
 from rlhf.model import (
     count_parameters,
-    load_causal_lm,
     load_scorer,
     model_card,
     save_model,
@@ -33,9 +32,8 @@ from rlhf.model import (
     use_special_tokens,
 )
 from rlhf.recipe import CollectSection, RewardSection, microbatches
-from rlhf.rollout import CacheEngine, uniforms
 from rlhf.rundir import write_atomically
-from rlhf.runtime import Bar, derive_seed, device, log
+from rlhf.runtime import derive_seed, device, log
 from rlhf.saver import once
 from rlhf.team import Team
 from rlhf.tinyworld.dialogues import shuffled_prompts
@@ -43,12 +41,14 @@ from rlhf.tinyworld.oracle import gold_reward, prefers_first
 from rlhf.tinyworld.words import Draw
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer
 from stages.common import (
+    Start,
     card_facts,
     context_of,
     fitting,
     open_data,
     report_faults,
     runs_code,
+    sample_responses,
     starting_model,
     training_order,
 )
@@ -77,11 +77,10 @@ def run(job: Job) -> dict[str, Any]:
     settings = recipe.reward
     assert settings is not None
     start = starting_model(recipe, run, "reward")
-    remote_code = runs_code(recipe, start)
-    tokenizer = load_tokenizer(start, remote_code=remote_code)
+    tokenizer = start.tokenizer()
     if not tokenizer.chat_template or tokenizer.pad_token_id is None:
         lacks = "pad token" if tokenizer.chat_template else "chat template"
-        raise UserError(f"{start} has no {lacks}; run the stage sft first, or name a chat model as base")
+        raise UserError(f"{start.name} has no {lacks}; run the stage sft first, or name a chat model as base")
     trained: dict[str, Any] = {"pairs_train": 0}
     if settings.from_:
         judge_code = runs_code(recipe, settings.from_)
@@ -90,7 +89,7 @@ def run(job: Job) -> dict[str, Any]:
         test = _comparisons(job, settings, tokenizer, start, model, "test")
     else:
         torch.manual_seed(derive_seed(recipe.seed, "reward", "head"))
-        model = load_scorer(start, fresh_head=True, remote_code=remote_code)
+        model = load_scorer(start.name, fresh_head=True, remote_code=start.remote_code)
         train = _comparisons(job, settings, tokenizer, start, model, "train")
         test = _comparisons(job, settings, tokenizer, start, model, "test")
         trained = _train(job, settings, model, tokenizer, train)
@@ -122,7 +121,7 @@ def _comparisons(
     job: Job,
     settings: RewardSection,
     tokenizer: PreTrainedTokenizerBase,
-    start: str,
+    start: Start,
     model: PreTrainedModel,
     split: Literal["train", "test"],
 ) -> list[Pair]:
@@ -132,7 +131,7 @@ def _comparisons(
     """
     found: list[Pair] = []
     if settings.collect:
-        sft = load_causal_lm(start, remote_code=runs_code(job.recipe, start)).to(device())
+        sft = start.causal_lm().to(device())
         found += _collect(job, settings.collect, sft, tokenizer, split)
         if job.team.is_main:
             _save_comparisons(found, job.directory.path / f"comparisons.{split}.jsonl")
@@ -199,21 +198,8 @@ def _sampled(
     """A response to each of the prompts, as token ids with the end token."""
 
     def draw(folder: Path) -> dict[str, Any]:
-        with Bar(f"reward: sampling {split}", len(prompt_ids)) as bar:
-            engine = CacheEngine(
-                model,
-                end_ids=[tokenizer.eos_token_id],
-                pad_id=tokenizer.pad_token_id,
-                max_tokens=settings.sampling.max_tokens,
-                temperature=settings.sampling.temperature,
-                progress=lambda done: bar.show(min(done * job.team.size, len(prompt_ids))),
-            )
-            responses = job.team.share(
-                range(len(prompt_ids)),
-                lambda mine: engine.generate(
-                    [prompt_ids[index] for index in mine], uniforms(seed, 0, mine, settings.sampling.max_tokens)
-                ),
-            )
+        what = f"reward: sampling {split}"
+        responses = sample_responses(job, model, tokenizer, prompt_ids, settings.sampling, seed, what)
         if job.team.is_main:
             write_atomically(folder / "responses.json", json.dumps([response.ids for response in responses]))
         return {"responses": len(responses)}

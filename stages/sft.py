@@ -19,24 +19,22 @@ from rlhf.model import (
     check_vocabulary,
     count_parameters,
     disable_dropout,
-    load_causal_lm,
     model_card,
     resize_for,
     save_model,
     use_special_tokens,
 )
 from rlhf.recipe import Recipe, SftSection, microbatches
-from rlhf.rollout import CacheEngine, uniforms
 from rlhf.runtime import derive_seed, log
 from rlhf.team import Team
-from rlhf.tokenizer import EncodedChat, Messages, begin_id, encode_chat, encode_prompt, load_tokenizer, prepare_for_chat
+from rlhf.tokenizer import EncodedChat, Messages, begin_id, encode_chat, encode_prompt, prepare_for_chat
 from stages.common import (
     card_facts,
     check_context,
     fitting,
     open_data,
     report_faults,
-    runs_code,
+    sample_responses,
     starting_model,
     training_order,
 )
@@ -51,13 +49,12 @@ def run(job: Job) -> dict[str, Any]:
     settings = recipe.sft
     assert settings is not None
     start = starting_model(recipe, run, "sft")
-    remote_code = runs_code(recipe, start)
-    tokenizer = load_tokenizer(start, remote_code=remote_code)
+    tokenizer = start.tokenizer()
     if "evaluate" in recipe.stages:
         begin_id(tokenizer)  # what evaluation will need of the base, asked before anything is trained
     added = prepare_for_chat(tokenizer, settings.chat_template)
-    model = load_causal_lm(start, remote_code=remote_code)
-    check_vocabulary(model, load_tokenizer(start, remote_code=remote_code), start)
+    model = start.causal_lm()
+    check_vocabulary(model, start.tokenizer(), start.name)
     torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
@@ -213,21 +210,8 @@ def _share_ended(
     asked: list[Messages] = [messages[:-1] for messages in dataset]
     encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in asked[: settings.sampled_prompts]]
     prompts = fitting(encoded, lambda prompt: len(prompt[1]), model, settings.sampling.max_tokens, "sft.sampling")
-    engine = CacheEngine(
-        model,
-        end_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
-        max_tokens=settings.sampling.max_tokens,
-        temperature=settings.sampling.temperature,
-    )
     seed = derive_seed(job.recipe.seed, "sft", "sampling")
-    responses = job.team.share(
-        range(len(prompts)),
-        lambda mine: engine.generate(
-            [prompts[index][1] for index in mine],
-            uniforms(seed, 0, mine, settings.sampling.max_tokens),
-        ),
-    )
+    responses = sample_responses(job, model, tokenizer, [ids for _, ids in prompts], settings.sampling, seed)
     for (prompt, _), response in list(zip(prompts, responses, strict=True))[:3]:
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         log(f"sft: {prompt[-1]['content']} -> {text}")

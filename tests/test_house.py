@@ -20,11 +20,12 @@ FLOORS = [
         "rlhf.team",
         "rlhf.job",
         "rlhf.saver",
+        "rlhf.plugins",
     },
     {"rlhf.data", "rlhf.tinyworld", "rlhf.rollout", "rlhf.judge"},
     {"evaluation"},
     {"stages"},
-    {"rlhf.cli", "rlhf.__main__", "rlhf.chain", "rlhf.launch", "rlhf.worker", "rlhf.status", "rlhf.chat"},
+    {"rlhf.cli", "rlhf.__main__", "rlhf.chain", "rlhf.launch", "rlhf.worker", "rlhf.status", "rlhf.chat", "rlhf.label"},
 ]
 
 

@@ -17,6 +17,7 @@ from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
 from rlhf.team import Team
 from stages import ppo
+from stages.common import Start
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 24
 
@@ -296,4 +297,4 @@ def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     tokenizer: Any = SimpleNamespace(pad_token_id=END, eos_token_id=END)
     device: Any = Device()
     with pytest.raises(UserError, match="pad and end token must be different"):
-        ppo._load_roles(settings(), str(tmp_path / "policy"), str(tmp_path / "judge"), tokenizer, device, False)
+        ppo._load_roles(settings(), Start(str(tmp_path / "policy"), False), str(tmp_path / "judge"), tokenizer, device)

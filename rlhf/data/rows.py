@@ -18,7 +18,11 @@ class Malformed(Exception):
 
 
 class Comparison(NamedTuple):
-    """Two responses to one prompt, the better one first; gold rewards where the truth is known."""
+    """Two responses to one prompt, the better one first; gold rewards where the truth is known.
+
+    `margin` is by how much the chosen one should win, in units of score. `weight` is what the comparison counts in the
+    loss: 1 / (K choose 2) for each of those that a ranking of K gives, as in InstructGPT (arXiv:2203.02155, eq. 1).
+    """
 
     prompt: Messages
     chosen: str
@@ -26,6 +30,8 @@ class Comparison(NamedTuple):
     gold_chosen: float | None = None
     gold_rejected: float | None = None
     source: str = ""
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 Converter = Callable[[dict[str, Any]], T]
