@@ -172,6 +172,27 @@ def chat(
     chat_loop(model_dir, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
+@app.command()
+def label(
+    run_dir: Annotated[Path, typer.Argument(help="a run's directory, such as runs/mine; the answers are kept there")],
+    name: Annotated[str, typer.Option("--name", help="who compares; default: your login name")] = "",
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="compare this file's responses instead of the run's")
+    ] = None,
+    repeats: Annotated[
+        float, typer.Option("--repeats", min=0.0, max=0.5, help="share of questions that are asked again")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option("--seed", help="what the order depends on")] = 1,
+) -> None:
+    """Shows prompts with two responses each: a person says which is better. Ends and goes on at any time.
+
+    The answers make a preference file, which the reward stage learns from (reward.collect.labeller: person).
+    """
+    from rlhf.label.session import label
+
+    label(run_dir, name=name, pairs=pairs, repeats=repeats, seed=seed)
+
+
 def main() -> int:
     """The entry point: runs the command, turns what rlhf raises on purpose into one message and an exit code."""
     signal.signal(signal.SIGTERM, _terminated)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rlhf.functional.masked import widened
 from rlhf.rundir import sync_folder, write_atomically
 from rlhf.tokenizer import token_info
 
+FRESH_HEADS = ("score", "classifier")  # what transformers' classifiers call their heads
 LOCAL_QUERY_GAIN = 0.1  # with queries this small, a local layer's attention is nearly uniform at the start
 
 
@@ -160,20 +161,46 @@ def load_scorer(
     dtype: torch.dtype = torch.float32,
     *,
     fresh_head: bool = False,
+    heads: int = 1,
     remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A sequence classifier with one output (reward model or critic), without dropout.
+    """A sequence classifier whose outputs are scores, one or one of each head of an ensemble, without dropout.
 
-    With `fresh_head` a missing score head is made at random (seed torch first); without, its absence is an error.
+    With `fresh_head` a score head of `heads` outputs is made at random (seed torch first) where there is none of that
+    size; without, its absence is an error. An ensemble's configuration says `score_heads`: that tells it from a
+    classifier of as many classes.
     """
     config = _load_config(directory, remote_code)
-    if not fresh_head and not any("SequenceClassification" in name for name in config.architectures or []):
+    if fresh_head:
+        fresh: dict[str, Any] = {"num_labels": heads, "ignore_mismatched_sizes": True}
+        model = _load(AutoModelForSequenceClassification, directory, dtype, remote_code, FRESH_HEADS, **fresh)
+        model.config.score_heads = heads
+        return model
+    _check_classifier(directory, config)
+    if config.num_labels != score_heads(config):
+        raise UserError(
+            f"{directory} has {config.num_labels} outputs; a reward model has one, or as many as its configuration "
+            "says in `score_heads`"
+        )
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code)
+
+
+def load_classifier(
+    directory: str | Path, dtype: torch.dtype | str = torch.float32, *, remote_code: bool = False
+) -> PreTrainedModel:
+    """Any sequence classifier, however many outputs it has, without dropout. `dtype` "auto" is that of its files."""
+    _check_classifier(directory, _load_config(directory, remote_code))
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code)
+
+
+def score_heads(config: PreTrainedConfig) -> int:
+    """How many outputs of a classifier are scores of the same thing: its heads, 1 where it is no ensemble of ours."""
+    return int(getattr(config, "score_heads", None) or 1)
+
+
+def _check_classifier(directory: str | Path, config: PreTrainedConfig) -> None:
+    if not any("SequenceClassification" in name for name in config.architectures or []):
         raise UserError(f"{directory} is no reward model: its architecture is {config.architectures}")
-    if not fresh_head and config.num_labels != 1:
-        raise UserError(f"{directory} has {config.num_labels} outputs; a reward model has one")
-    return _load(
-        AutoModelForSequenceClassification, directory, dtype, remote_code, "score" if fresh_head else "", num_labels=1
-    )
 
 
 def _load_config(directory: str | Path, remote_code: bool) -> PreTrainedConfig:
@@ -184,9 +211,14 @@ def _load_config(directory: str | Path, remote_code: bool) -> PreTrainedConfig:
 
 
 def _load(
-    loader: Any, directory: str | Path, dtype: torch.dtype, remote_code: bool, fresh: str = "", **options: Any
+    loader: Any,
+    directory: str | Path,
+    dtype: torch.dtype | str,
+    remote_code: bool,
+    fresh: tuple[str, ...] = (),
+    **options: Any,
 ) -> PreTrainedModel:
-    """The model, every weight of which must be there, but those whose names begin with `fresh`."""
+    """The model, every weight of which must be there, but those whose names begin with one of `fresh`."""
     _load_config(directory, remote_code)
     try:
         model: PreTrainedModel
@@ -199,7 +231,8 @@ def _load(
         Exception
     ) as error:  # truncated, foreign or unreadable weights: safetensors, torch and others raise their own
         raise _not_loaded(directory, error) from None
-    missing = sorted(name for name in found["missing_keys"] if not (fresh and name.startswith(fresh)))
+    absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    missing = sorted(name for name in absent if not name.startswith(fresh))
     if missing:
         raise MissingInput(
             f"{directory}: {len(missing)} weights are missing from its files ({', '.join(missing[:3])}, ...), so the "
@@ -228,10 +261,21 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def resize_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model a row for every token; new rows start at the mean of the old ones."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+@torch.no_grad()
+def resize_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Sequence[int] = ()) -> None:
+    """Gives the model a row for every token. The rows of the `added` ids start at the mean of those before them.
+
+    So a new token is at first as likely as the others are on the average, and no other becomes much less likely
+    (Hewitt 2021, "Initializing new word embeddings for pretrained language models"). Some models have rows in reserve,
+    which hold nothing of use; they start there too. Seed torch first.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    reserve = [token for token in added if token < rows]
+    if reserve:
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[reserve] = table.weight[: min(added)].mean(0)
 
 
 def use_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -272,16 +316,26 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
     """Writes a plain Hugging Face directory, whole or not at all: weights, config, tokenizer, template, card."""
-    temporary = directory.with_name(f".{directory.name}.tmp{os.getpid()}")
-    for left in directory.parent.glob(f".{directory.name}.tmp*"):  # of a run that was killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
     if hasattr(model, "generation_config") and model.can_generate():
         model.generation_config = GenerationConfig(
             **token_info(tokenizer), do_sample=True, temperature=1.0, top_p=1.0, top_k=0
         )
     model.config.use_cache = True  # trainers switch it off
-    model.save_pretrained(temporary, safe_serialization=True)
-    tokenizer.save_pretrained(temporary)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(directory, write, card)
+
+
+def write_folder(directory: Path, write: Callable[[Path], None], card: str) -> None:
+    """A directory that holds what `write` puts into it, and the card; it is there whole or not at all."""
+    temporary = directory.with_name(f".{directory.name}.tmp{os.getpid()}")
+    for left in directory.parent.glob(f".{directory.name}.tmp*"):  # of a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
     write_atomically(temporary / "README.md", card)
     umask = os.umask(0)
     os.umask(umask)
@@ -323,8 +377,18 @@ class Critic(nn.Module):
 
 
 def critic_from_scorer(scorer: PreTrainedModel, mean: float) -> Critic:
-    """A critic that starts as the reward model: its values begin in the units of the score."""
-    return Critic(scorer.base_model, scorer.score, mean)
+    """A critic that starts as the reward model: its values begin in the units of the score.
+
+    From an ensemble it starts as the mean of the heads; `mean` is then that of the heads' means.
+    """
+    head: nn.Linear = scorer.score
+    if head.out_features == 1:
+        return Critic(scorer.base_model, head, mean)
+    together = nn.Linear(head.in_features, 1, bias=head.bias is not None)
+    with torch.no_grad():
+        for whole, parts in zip(together.parameters(), head.parameters(), strict=True):
+            whole.copy_(parts.mean(0, keepdim=True))
+    return Critic(scorer.base_model, together, mean)
 
 
 def critic_from_policy(policy: PreTrainedModel) -> Critic:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from rlhf.errors import RecipeError
 
@@ -46,7 +46,7 @@ class Source(Section):
     """One source of data: exactly one of `builtin`, `path` and `hub`."""
 
     builtin: Literal["tinyworld"] | None = Field(None, description="data that the package makes itself")
-    path: str | None = Field(None, description="file or glob, relative to data.root: .jsonl .jsonl.gz .parquet .txt")
+    path: str | None = Field(None, description="file or glob below data.root: .jsonl .jsonl.gz .json .parquet .txt")
     hub: str | None = Field(None, description="id of a data set on the Hugging Face hub")
     split: str = Field("train", description="which split of the hub's data set")
     subset: str | None = Field(None, description="which configuration of the hub's data set")
@@ -329,8 +329,10 @@ class JudgeSection(Section):
         None, description="`reward`: the reward stage's model; else a sequence classifier's directory or hub id"
     )
     python: str | None = Field(None, description="MODULE:FUNCTION or FILE.py:FUNCTION: conversations -> scores")
-    weight: float = Field(1.0, description="times its score in the sum; negative: a penalty")
-    label: str | None = Field(None, description="which output counts, where a classifier has several (name or number)")
+    weight: float = Field(1.0, description="times its score in the sum; negative: a penalty; 0: only logged")
+    label: str | StrictInt | None = Field(
+        None, description="which output counts, where a classifier has several (name or number)"
+    )
     chat_template: str | None = Field(None, description="Jinja file for the classifier; default: its tokenizer's own")
     uncertainty_penalty: float = Field(
         0.0, ge=0, description="times the spread of an ensemble's heads, taken from its mean"
@@ -340,6 +342,8 @@ class JudgeSection(Section):
     def _exactly_one(self) -> JudgeSection:
         if (self.model is None) == (self.python is None):
             raise ValueError("a judge has exactly one of the keys model, python")
+        if self.python and (self.label is not None or self.chat_template or self.uncertainty_penalty):
+            raise ValueError("label, chat_template and uncertainty_penalty are for a judge with `model`")
         return self
 
     @property
@@ -396,8 +400,8 @@ class PpoSection(Section):
                 f"episodes_per_update {self.episodes_per_update} is not a multiple of minibatches {self.minibatches}"
             )
         titles = [judge.title for judge in self.judge]
-        if len(set(titles)) < len(titles):
-            raise ValueError(f"judge: two parts have one name ({', '.join(titles)}); give them names")
+        if len({*titles, *(f"{title}_{figure}" for title in titles for figure in ("spread", "cut"))}) < 3 * len(titles):
+            raise ValueError(f"judge: two parts have one name in metrics ({', '.join(titles)}); give them names")
         return self
 
 
@@ -428,7 +432,7 @@ class EvaluateSection(Section):
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
 
 
-RunName = Annotated[str, AfterValidator(lambda name: _check_name(name))]
+RunName = Annotated[str, AfterValidator(lambda name: check_name(name))]
 
 
 class Recipe(Section):
@@ -515,9 +519,10 @@ def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int,
     return size, mine // size
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """The name of a run or a person, if it can be a file's. Raises ValueError where it can't."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
-        raise ValueError("a run's name has letters, digits, '.', '_' and '-', begins with a letter or digit, no '/'")
+        raise ValueError("a name has letters, digits, '.', '_' and '-', begins with a letter or digit, no '/'")
     return name
 
 

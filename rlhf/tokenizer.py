@@ -3,49 +3,22 @@
 Text that looks like a special token stays text: only the chat template's own text may become special tokens.
 """
 
-import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf.errors import MissingInput, UserError
+from rlhf.templates import CHAT_TEMPLATES, TEMPLATE_END, TEMPLATE_TOKENS, Piece, lay_out
+from rlhf.templates import Messages as Messages
 
-BOS, END_OF_DOCUMENT, PAD, END_OF_TURN = "<|bos|>", "<|eos|>", "<|pad|>", "<|end|>"
-SPECIAL_TOKENS = (BOS, END_OF_DOCUMENT, PAD, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN)
-
-CHAT_TEMPLATES = {
-    "rlhf": (
-        "{{- bos_token -}}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'assistant' -%}"
-        "{{- '<|assistant|>' -}}{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
-        "{%- else -%}{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-    ),
-    "chatml": (
-        "{%- for message in messages -%}"
-        "{{- '<|im_start|>' + message['role'] + '\n' -}}"
-        "{%- if message['role'] == 'assistant' -%}"
-        "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-        "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
-        "{{- '\n' -}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-    ),
-}
-_TEMPLATE_TOKENS = {
-    "rlhf": ("<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-}
-_TEMPLATE_END = {"rlhf": END_OF_TURN, "chatml": "<|im_end|>"}
-
-Messages = list[dict[str, str]]
+BOS, END_OF_DOCUMENT, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+SPECIAL_TOKENS = (BOS, END_OF_DOCUMENT, PAD, *TEMPLATE_TOKENS["rlhf"])
 
 
 # Training
@@ -74,7 +47,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=END_OF_DOCUMENT,
         pad_token=PAD,
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN],
+        additional_special_tokens=list(TEMPLATE_TOKENS["rlhf"]),
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
@@ -184,36 +157,32 @@ class EncodedChat(NamedTuple):
     trained: list[bool]
 
 
-class _Piece(NamedTuple):
-    text: str
-    is_content: bool
-    trained: bool
-
-
-_ROLES = ("system", "user", "assistant")
-_SUBSETS_OF_ROLES = [roles for n in range(4) for roles in itertools.combinations(_ROLES, n)]
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = re.compile("\ue000([0-9]+)\ue001")
-
-
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False
 ) -> EncodedChat:
     """A conversation through the tokenizer's chat template, the contents as plain text.
 
-    The assistant's contents with their end tokens are marked as trained: what stands in the template's
-    `{% generation %}` markers, or, in a template without them, each assistant content up to the EOS that follows it.
-    Raises UserError where the template alters the contents, or where an assistant's end token would not be trained.
+    Text is tokenised from special token to special token, as a tokenizer does with the whole, but for one cut: where
+    the assistant begins to write, so that a prompt's ids are what an answered conversation begins with.
+    The assistant's contents with their end tokens are marked as trained; see rlhf.templates.lay_out, which raises
+    UserError where the template is not to be understood, and for what it refuses.
     """
-    pieces = _pieces(tokenizer, messages, add_generation_prompt)
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template")
+    reading = _reading(tokenizer)
+    pieces = lay_out(
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        reading.special,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+    )
+    runs = _runs(pieces)
     ids: list[int] = []
     trained: list[bool] = []
-    for piece in pieces:
-        new = tokenizer(piece.text, add_special_tokens=False, split_special_tokens=piece.is_content, verbose=False)[
-            "input_ids"
-        ]
+    for run, new in zip(runs, reading.encode(tokenizer, runs), strict=True):
         ids += new
-        trained += [piece.trained] * len(new)
+        trained += [run.trained] * len(new)
     return EncodedChat(ids, trained)
 
 
@@ -222,98 +191,192 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
     return encode_chat(tokenizer, messages, add_generation_prompt=True).ids
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool) -> list[_Piece]:
-    """The rendered conversation, cut at the borders of its contents and of what is trained."""
-    template = tokenizer.chat_template
-    if not template:
-        raise UserError("the tokenizer has no chat template")
-    marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
-    rendered, spans = _render(tokenizer, template, marked, add_generation_prompt)
-    if not _MARKERS.search(template):
-        spans = _spans_by_end(rendered, messages, tokenizer.eos_token)
-    elif any(tokenizer.eos_token not in rendered[start:end] for start, end in spans):
-        raise UserError(
-            f"the chat template's generation markers leave out the EOS token {tokenizer.eos_token!r}, "
-            "so the model would never learn to stop; put it inside {% generation %}"
-        )
-    whole, _ = _render(tokenizer, template, messages, add_generation_prompt)
-    for trimmed in _SUBSETS_OF_ROLES:  # templates trim the contents of all, none or some of the roles
-        contents = [m["content"].strip() if m["role"] in trimmed else m["content"] for m in messages]
-        if _MARK.sub(lambda match, c=contents: c[int(match[1])], rendered) == whole:  # type: ignore[misc]
-            return _cut(rendered, spans, contents)
-    raise UserError("the chat template alters the contents of messages, so what is trained can't be told exactly")
+def last_turn_only(chat: EncodedChat) -> EncodedChat:
+    """The conversation with nothing trained but the assistant's last turn."""
+    end = max((place for place, trained in enumerate(chat.trained) if trained), default=-1) + 1
+    start = end
+    while start and chat.trained[start - 1]:
+        start -= 1
+    return EncodedChat(chat.ids, [start <= place < end for place in range(len(chat.ids))])
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    try:
-        rendered, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=bool(_MARKERS.search(template)),
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:  # jinja2 raises whatever the template raises
-        raise UserError(f"the chat template refuses a conversation: {error}") from None
-    return rendered[0], list(spans[0]) if spans else []
+def _runs(pieces: list[Piece]) -> list[Piece]:
+    """The special tokens, and the text between them in one piece as far as it is all trained or not trained at all."""
+    runs: list[Piece] = []
+    for piece in pieces:
+        if runs and "special" not in (piece.kind, runs[-1].kind) and piece.trained == runs[-1].trained:
+            runs[-1] = Piece("text", runs[-1].text + piece.text, piece.trained)
+        else:
+            runs.append(piece)
+    return [run for run in runs if run.text]
 
 
-def _spans_by_end(rendered: str, messages: Messages, end: str | None) -> list[tuple[int, int]]:
-    """For a template without markers: each assistant content up to and with the EOS that follows it."""
-    spans = []
-    for match in _MARK.finditer(rendered):
-        if messages[int(match[1])]["role"] != "assistant":
-            continue
-        after = rendered[match.end() :]
-        following = _MARK.search(after)
-        place = after.find(end, 0, following.start() if following else None) if end else -1
-        if end is None or place < 0:
-            raise UserError(
-                f"the chat template does not end an assistant's turn with the EOS token {end!r}, "
-                "so the model would never learn to stop; mark the turns with {% generation %} in the template"
-            )
-        spans.append((match.start(), match.end() + place + len(end)))
-    return spans
+class _Reading:
+    """How a tokenizer reads the parts of a longer text.
 
-
-def _cut(rendered: str, spans: list[tuple[int, int]], contents: list[str]) -> list[_Piece]:
-    borders = {0, len(rendered), *(border for span in spans for border in span)}
-    marks = {match.start(): match for match in _MARK.finditer(rendered)}
-    for match in marks.values():
-        borders |= {match.start(), match.end()}
-    ordered = sorted(borders)
-    pieces = []
-    for start, end in itertools.pairwise(ordered):
-        trained = any(a <= start and end <= b for a, b in spans)
-        content = start in marks
-        text = contents[int(marks[start][1])] if content else rendered[start:end]
-        pieces.append(_Piece(text, content, trained))
-    return pieces
-
-
-def prepare_for_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    """Gives a tokenizer what chatting needs: a template if it has none, an end of turn as EOS, a pad that isn't EOS.
-
-    Returns how many tokens were added; the model's embeddings must then be resized.
+    Some, like SentencePiece, put a blank before the first word of what they are given: of a part in the middle, that
+    is one too many. `_bare` is such a tokenizer without this habit.
     """
-    before = len(tokenizer)
-    if not tokenizer.chat_template:
-        tokens = _TEMPLATE_TOKENS[template]
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [token for token in tokens if token not in tokenizer.get_vocab()]},
-            replace_extra_special_tokens=False,
-        )
-        tokenizer.chat_template = CHAT_TEMPLATES[template]
-        tokenizer.eos_token = _TEMPLATE_END[template]
-        if template == "rlhf" and tokenizer.bos_token is None:
-            tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token -}}", "")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._ids = {token.content: number for number, token in added.items()}
+        patterns = [
+            (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+            for token in sorted(added.values(), key=lambda token: -len(token.content))
+        ]
+        self.special = re.compile("|".join(patterns) or "(?!)")  # (?!) is nowhere
+        self._bare: Tokenizer | None = None
+        self._blank_after_special = False
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        if isinstance(core, Tokenizer) and _puts_a_blank(core):
+            self._bare = _without_blank(core)
+            core.encode_special_tokens = False
+            after = core.encode(next(iter(self._ids), "") + "x", add_special_tokens=False).ids
+            alone = core.encode("x", add_special_tokens=False).ids
+            self._blank_after_special = bool(self._ids) and after[-len(alone) :] == alone
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, runs: list[Piece]) -> list[list[int]]:
+        """The ids of each of these runs, which are the whole of a text."""
+        texts = iter(self._encode_texts(tokenizer, runs))
+        return [[self._id(run.text)] if run.kind == "special" else next(texts) for run in runs]
+
+    def _encode_texts(self, tokenizer: PreTrainedTokenizerBase, runs: list[Piece]) -> list[list[int]]:
+        if self._bare is None:
+            return encode_texts(tokenizer, [run.text for run in runs if run.kind != "special"])
+        found: list[list[int]] = []
+        for number, run in enumerate(runs):
+            if run.kind == "special":
+                continue
+            if number == 0 or (self._blank_after_special and runs[number - 1].kind == "special"):
+                found += encode_texts(tokenizer, [run.text])
+            else:
+                found.append(self._bare.encode(run.text, add_special_tokens=False).ids)
+        return found
+
+    def _id(self, token: str) -> int:
+        return self._ids[token] if token in self._ids else self._ids[token.strip()]
+
+
+_READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[int, str | None], _Reading]] = WeakKeyDictionary()
+
+
+def _reading(tokenizer: PreTrainedTokenizerBase) -> _Reading:
+    """Kept for each tokenizer, as long as its special tokens stay as they are."""
+    stamp = (len(tokenizer), tokenizer.eos_token)
+    if tokenizer not in _READINGS or _READINGS[tokenizer][0] != stamp:
+        _READINGS[tokenizer] = (stamp, _Reading(tokenizer))
+    return _READINGS[tokenizer][1]
+
+
+def _puts_a_blank(core: Tokenizer) -> bool:
+    text = core.normalizer.normalize_str("x") if core.normalizer else "x"
+    words = core.pre_tokenizer.pre_tokenize_str(text) if core.pre_tokenizer else [(text, (0, 1))]
+    return [word for word, _ in words] != ["x"]
+
+
+def _without_blank(core: Tokenizer) -> Tokenizer:
+    """The same tokenizer, which puts no blank before what it reads, and reads all of it as text."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [changed(inner) for inner in part if inner.get("type") != "Prepend"]
+        if not isinstance(part, dict):
+            return part
+        if part.get("type") == "Prepend":
+            return None
+        lists = {key: changed(part[key]) for key in ("normalizers", "pretokenizers") if key in part}
+        habits: dict[str, dict[str, Any]] = {
+            "Metaspace": {"prepend_scheme": "never"},
+            "ByteLevel": {"add_prefix_space": False},
+        }
+        return {**part, **lists, **habits.get(part.get("type", ""), {})}
+
+    plan = json.loads(core.to_str())
+    plan["normalizer"], plan["pre_tokenizer"] = changed(plan["normalizer"]), changed(plan["pre_tokenizer"])
+    bare = Tokenizer.from_str(json.dumps(plan))
+    bare.no_padding()
+    bare.no_truncation()
+    bare.encode_special_tokens = True
+    return bare
+
+
+# What chatting needs
+
+
+class ChatTokens(NamedTuple):
+    """What a tokenizer was given for chatting."""
+
+    added: list[int]  # new tokens: the model's embeddings must be resized
+    untrained: list[int]  # the new ones, and those of a template that the model has never seen
+
+
+def prepare_for_chat(
+    tokenizer: PreTrainedTokenizerBase, template: str, *, replace: bool = False, end_token: str | None = None
+) -> ChatTokens:
+    """Gives a tokenizer what chatting needs: a template, an end of turn as EOS, a pad that isn't EOS.
+
+    `template` is a name of CHAT_TEMPLATES or a Jinja text; it is given if the tokenizer has none, or with `replace`.
+    `end_token` is what ends the assistant's turn; without it, that of a template with a name, or the EOS that is there.
+    Raises UserError where the end token is no token, or ordinary text.
+    """
+    before, separator = len(tokenizer), tokenizer.eos_token
+    known = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    given = replace or not tokenizer.chat_template
+    if given:
+        _give_template(tokenizer, template)
+        end_token = end_token or TEMPLATE_END.get(template)
+    if end_token:
+        _make_end(tokenizer, end_token)
+    elif tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no EOS token that could end the assistant's turns: sft.end_token names one")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         if PAD not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"pad_token": PAD})
         tokenizer.pad_token = PAD
-    return len(tokenizer) - before
+    if tokenizer.bos_token is None and separator != tokenizer.eos_token and "bos_token" not in tokenizer.chat_template:
+        tokenizer.bos_token = separator  # what begins documents stays what it was
+    added = list(range(before, len(tokenizer)))
+    seen = _in_template(tokenizer) - known if given else set()
+    return ChatTokens(added, sorted({*added, *seen}))
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens that the template puts around what is said."""
+    chat: Messages = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    for messages in (chat, chat[1:]):
+        try:
+            ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+        except UserError:  # not every template has a system turn
+            continue
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return special & set(ids)
+    return set()
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _give_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    tokens = [token for token in TEMPLATE_TOKENS.get(template, ()) if token not in _special_tokens(tokenizer)]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = CHAT_TEMPLATES.get(template, template)
+    if template == "rlhf" and tokenizer.bos_token is None:
+        tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token -}}", "")
+
+
+def _make_end(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Makes a token of the vocabulary the EOS, and a special one, which text can't become."""
+    if token not in tokenizer.get_vocab():
+        ends = [known for known in _special_tokens(tokenizer) if known in tokenizer.chat_template]
+        raise UserError(
+            f"the end token {token!r} is not a token of the vocabulary"
+            + (f"; the chat template's special tokens are {', '.join(ends)}" if ends else "")
+        )
+    tokenizer.add_special_tokens({"eos_token": token})
+    if tokenizer.eos_token_id in encode_texts(tokenizer, [token])[0]:
+        raise UserError(f"the end token {token!r} is ordinary text to the tokenizer: any answer could hold it")
 
 
 def token_info(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

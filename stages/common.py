@@ -23,18 +23,21 @@ from rlhf.tokenizer import load_tokenizer
 T = TypeVar("T")
 
 
-def open_data(recipe: Recipe, stage: str, sources: tuple[Source, ...], kind: data.Kind, split: Split) -> data.DataSet:
-    """The rows of a recipe's sources as texts, conversations or prompts."""
+def open_data(
+    recipe: Recipe,
+    stage: str,
+    sources: tuple[Source, ...],
+    kind: data.Kind,
+    split: Split,
+    then: Callable[[Any], Any] | None = None,
+) -> data.DataSet:
+    """The rows of a recipe's sources as texts, conversations, prompts or comparisons, or as what `then` makes of each.
+
+    A UserError that `then` raises is the fault of the row, and obeys data.on_bad_row.
+    """
     seed = derive_seed(recipe.seed, stage, kind, split)
     opened = data.open_sources(sources, Path(recipe.data.root), kind, split, seed)
-    faults = Faults(recipe.data.on_bad_row)
-    make = {
-        "texts": data.texts,
-        "conversations": data.conversations,
-        "prompts": data.prompts,
-        "comparisons": data.comparisons,
-    }
-    return make[kind](opened, faults, seed)
+    return data.DataSet(opened, kind, Faults(recipe.data.on_bad_row), seed, then)
 
 
 def report_faults(dataset: data.DataSet) -> None:

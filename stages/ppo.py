@@ -29,26 +29,19 @@ from rlhf.functional import ppo as maths
 from rlhf.functional.intervals import Estimate, mean_estimate
 from rlhf.functional.masked import masked_mean, masked_moments, mean_and_variance, whiten
 from rlhf.job import Job
-from rlhf.judge import Conversation, Judge, RewardModelJudge, score_mean
-from rlhf.model import (
-    Critic,
-    count_parameters,
-    critic_from_policy,
-    critic_from_scorer,
-    end_ids,
-    load_scorer,
-    model_card,
-    save_model,
-)
+from rlhf.judge import Conversation, Judge, Scores, mean_figures
+from rlhf.model import Critic, count_parameters, end_ids, model_card, save_model
 from rlhf.recipe import PpoSection, Recipe, microbatches
 from rlhf.rollout import CacheEngine, Response, uniforms
+from rlhf.rundir import RunDir
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver, once
 from rlhf.team import Team
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import best_response, gold_reward
 from rlhf.tokenizer import Messages, encode_prompt
-from stages.common import Start, card_facts, fitting, open_data, report_faults, starting_model
+from stages.common import Start, card_facts, context_of, fitting, open_data, report_faults, starting_model
+from stages.judges import build_critic, build_judge
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 
@@ -75,6 +68,7 @@ class Episode(NamedTuple):
     prompt: Prompt
     response: Response
     score: float
+    judged: dict[str, float]  # further figures of the judge
     gold: float | None
     reference: list[float]  # log-probabilities of the reference
     values: list[float]  # of the critic
@@ -104,14 +98,14 @@ class Trajectory(NamedTuple):
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Optimises the SFT model against the reward model and saves it in ppo/model."""
+    """Optimises the SFT model against the judge and saves it in ppo/model."""
     recipe, run, directory = job.recipe, job.run, job.directory
     settings = recipe.ppo
     assert settings is not None
     accelerator = make_accelerator()
     start = starting_model(recipe, run, "ppo")
     tokenizer = start.tokenizer()
-    roles = _load_roles(settings, start, str(run.stage("reward").model), tokenizer, accelerator)
+    roles = _load_roles(recipe, run, start, tokenizer, accelerator)
     prompts = _prompts(recipe, settings, tokenizer, roles.policy, "train")
     test = _prompts(recipe, settings, tokenizer, roles.policy, "test")
     minibatch = settings.episodes_per_update // settings.minibatches
@@ -155,6 +149,8 @@ def run(job: Job) -> dict[str, Any]:
         "episodes_per_second": round(settings.updates * settings.episodes_per_update / seconds, 2),
         **before.score.as_keys("score_before", 4),
         **after.score.as_keys("score_after", 4),
+        "judge_before": {name: round(value, 4) for name, value in before.judged.items()},
+        "judge_after": {name: round(value, 4) for name, value in after.judged.items()},
         **after.kl.as_keys("kl", 4),
         **after.response_tokens.as_keys("response_tokens", 2),
         **after.ended.as_keys("responses_ended", 4),
@@ -162,7 +158,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     card = model_card(
         f"{recipe.name}: aligned chat model (PPO)",
-        "Optimised against a reward model with PPO, starting from the SFT model.",
+        f"Optimised with PPO against {' + '.join(judge.title for judge in settings.judge)}, from the SFT model on.",
         card_facts(summary, "parameters", "updates", "score_before", "score_after", "kl", "gold_before", "gold_after"),
     )
     if job.team.is_main:
@@ -174,25 +170,17 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _load_roles(
-    settings: PpoSection,
-    start: Start,
-    judge: str,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
+    recipe: Recipe, run: RunDir, start: Start, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> Roles:
-    load_judge = partial(load_scorer, judge, remote_code=start.remote_code)
-    policy, reference, scorer = start.causal_lm(), start.causal_lm(), load_judge()
-    if settings.critic_from == "policy":
-        critic = critic_from_policy(start.causal_lm())
-    else:
-        critic = critic_from_scorer(load_judge(), score_mean(scorer))
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
         raise UserError(f"{start.name}: pad and end token must be different tokens (pad {pad}, end {end})")
-    for frozen in (reference, scorer):
-        frozen.requires_grad_(False)
-        frozen.eval().to(accelerator.device)
-    return Roles(policy.to(accelerator.device), reference, critic.to(accelerator.device), RewardModelJudge(scorer))
+    policy, reference = start.causal_lm().to(accelerator.device), start.causal_lm().to(accelerator.device)
+    reference.requires_grad_(False).eval()
+    context = context_of(policy)
+    judge = build_judge(recipe, run, tokenizer, context, accelerator.device)
+    critic = build_critic(recipe, run, start, tokenizer, context).to(accelerator.device)
+    return Roles(policy, reference, critic, judge)
 
 
 def _prompts(
@@ -277,6 +265,7 @@ class Learner:
         gold = [episode.gold for episode in episodes if episode.gold is not None]
         return {
             "score": mean_estimate([episode.score for episode in episodes]).mean,
+            **{f"judge/{name}": value for name, value in mean_figures([e.judged for e in episodes]).items()},
             **({"gold": mean_estimate(gold).mean} if gold else {}),
             **figures,
             "response_tokens": float(np.mean([len(episode.response.ids) for episode in episodes])),
@@ -321,7 +310,7 @@ class Learner:
         self,
         prompts: list[Prompt],
         responses: list[Response],
-        scores: Sequence[float],
+        scores: Scores,
         gold: Sequence[float | None],
     ) -> list[Episode]:
         """The episodes, with what reference and critic say of them."""
@@ -336,7 +325,8 @@ class Learner:
                 (values, _values_without_gradient(self._roles.critic, rows)),
             ):
                 found += [row[:count] for row, count in zip(tensor.tolist(), counts, strict=True)]
-        return [Episode(*fields) for fields in zip(prompts, responses, scores, gold, reference, values, strict=True)]
+        judged = (scores.values, scores.figures_of_each())
+        return [Episode(*each) for each in zip(prompts, responses, *judged, gold, reference, values, strict=True)]
 
     def _evaluate(self, episodes: list[Episode]) -> tuple[Trajectory, dict[str, float]]:
         """Rewards and advantages of all episodes of the update, whitened over all of them."""
@@ -533,6 +523,7 @@ class Measured(NamedTuple):
     """How the policy does on the test prompts."""
 
     score: Estimate
+    judged: dict[str, float]  # means of the judge's further figures
     kl: Estimate
     response_tokens: Estimate
     ended: Estimate
@@ -571,7 +562,7 @@ def _measure(
     """Samples a response to every test prompt, with the same draws each time, and scores them."""
     draw_seed = derive_seed(seed, "ppo", "test")
 
-    def answer(mine: list[int]) -> list[tuple[Response, Conversation, float, float]]:
+    def answer(mine: list[int]) -> list[tuple[Response, Conversation, float, dict[str, float], float]]:
         prompts = [test[index] for index in mine]
         draws = uniforms(draw_seed, 0, mine, settings.sampling.max_tokens)
         responses = _engine(roles.policy, tokenizer, settings, ends).generate([p.ids for p in prompts], draws)
@@ -582,13 +573,15 @@ def _measure(
             rows = blank.rows(part)
             reference = _logprobs_without_gradient(roles.reference, rows, settings)
             kl += torch.where(rows.mask, rows.logprobs - reference, 0.0).double().sum(1).tolist()
-        return list(zip(responses, conversations, roles.judge.scores(conversations), kl, strict=True))
+        scores = roles.judge.scores(conversations)
+        return list(zip(responses, conversations, scores.values, scores.figures_of_each(), kl, strict=True))
 
-    responses, conversations, scores, kl = zip(*team.share(range(len(test)), answer), strict=True)
+    responses, conversations, scores, judged, kl = zip(*team.share(range(len(test)), answer), strict=True)
     gold = _gold(test, conversations)
     first = conversations[0]
     return Measured(
         mean_estimate(scores),
+        mean_figures(judged),
         mean_estimate(kl),
         mean_estimate([float(len(response.ids)) for response in responses]),
         mean_estimate([float(response.ended) for response in responses]),

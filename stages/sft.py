@@ -1,18 +1,25 @@
 """The sft stage: supervised fine-tuning on TRL's SFTTrainer, the loss on the assistant's tokens only.
 
-Conversations are tokenised by us, segment by segment, so that text which looks like a special token stays text; the
-trainer gets ids and labels. Fixes the chat template, the pad token and the end token for every later stage.
+Conversations are tokenised by us, so that text which looks like a special token stays text; the trainer gets ids and
+labels. Fixes the chat template, the pad token and the end token for every later stage. The weights of sft/model are
+plain ones also where low-rank adapters were trained; these lie beside it, in sft/adapter.
 """
 
+import itertools
 import math
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from rlhf.errors import DataError, StageFailed
+from rlhf.errors import DataError, MissingInput, StageFailed, UserError
 from rlhf.functional.intervals import proportion_estimate, ratio_estimate
 from rlhf.job import Job
 from rlhf.model import (
@@ -25,10 +32,20 @@ from rlhf.model import (
     use_special_tokens,
 )
 from rlhf.recipe import Recipe, SftSection, microbatches
-from rlhf.runtime import derive_seed, log
+from rlhf.runtime import derive_seed, log, visible
 from rlhf.team import Team
-from rlhf.tokenizer import EncodedChat, Messages, begin_id, encode_chat, encode_prompt, prepare_for_chat
+from rlhf.templates import CHAT_TEMPLATES, Messages
+from rlhf.tokenizer import (
+    ChatTokens,
+    EncodedChat,
+    begin_id,
+    encode_chat,
+    encode_prompt,
+    last_turn_only,
+    prepare_for_chat,
+)
 from stages.common import (
+    Start,
     card_facts,
     check_context,
     fitting,
@@ -38,61 +55,56 @@ from stages.common import (
     starting_model,
     training_order,
 )
-from stages.trl_glue import run_trainer, trainer_arguments
+from stages.lora import add_adapters, merged, save_adapter, trained_parameters
+from stages.packing import IGNORED, PackingCollator, check_isolation
+from stages.sft_trainer import LeanSFTTrainer
+from stages.trl_glue import Training, Validation, run_trainer, trainer_arguments
 
-IGNORED = -100  # the label of a token that is not learned
+SHOWN = 4000  # characters of the first dialogue
 
 
 def run(job: Job) -> dict[str, Any]:
     """Fine-tunes the base model and saves it in sft/model."""
-    recipe, run, directory = job.recipe, job.run, job.directory
+    recipe, directory = job.recipe, job.directory
     settings = recipe.sft
     assert settings is not None
-    start = starting_model(recipe, run, "sft")
+    start = starting_model(recipe, job.run, "sft")
     tokenizer = start.tokenizer()
     if "evaluate" in recipe.stages:
         begin_id(tokenizer)  # what evaluation will need of the base, asked before anything is trained
-    added = prepare_for_chat(tokenizer, settings.chat_template)
-    model = start.causal_lm()
-    check_vocabulary(model, start.tokenizer(), start.name)
-    torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
-    resize_for(model, tokenizer)
-    use_special_tokens(model, tokenizer)
-
-    train, too_long = _encoded(recipe, settings, tokenizer, "train")
-    validation, validation_too_long = _encoded(recipe, settings, tokenizer, "validation")
-    size, passes = microbatches(recipe, "sft", job.team.size)
+    given = _prepared(recipe, settings, start, tokenizer)
+    model = _model(recipe, start, tokenizer, given)
     check_context(model, "sft.max_tokens", settings.max_tokens)
-    log(
-        f"sft: {count_parameters(model):,} parameters; {settings.steps} steps of {settings.dialogues_per_step} "
-        f"dialogues ({job.team.size} processes x {passes} microbatches x {size}); {len(train):,} dialogues, "
-        f"{settings.steps * settings.dialogues_per_step / len(train):.2f} passes; {too_long} of them, and "
-        f"{validation_too_long} of {len(validation) + validation_too_long} for validation, too long and left out; "
-        f"{added} tokens added to the vocabulary"
-    )
-    log("sft: the first dialogue, what is trained in [brackets]:\n  " + _marked(tokenizer, train[0]))
-
+    if settings.packing:
+        check_isolation(model, "sft.packing")
+    train = _encoded(recipe, settings, tokenizer, "train")
+    validation = _encoded(recipe, settings, tokenizer, "validation")
     order = training_order(
-        [len(chat.ids) for chat in train],
+        [len(chat.ids) for chat in train.chats],
         settings.dialogues_per_step,
         settings.steps,
         derive_seed(recipe.seed, "sft", "order"),
     )
-    seconds = _train(job, model, tokenizer, _dataset(train).select(order), settings, size, passes)
+    adapted: PreTrainedModel | PeftModel = model
+    if settings.lora:
+        adapted = add_adapters(model, settings.lora, "sft.lora", tokens=given.untrained)
+    _announce(job, settings, adapted, tokenizer, given, train, validation)
+
+    training = _train(job, settings, adapted, tokenizer, train.chats, order, validation.chats)
+    facts = _facts(settings, adapted, train, validation, order, training)
+    if isinstance(adapted, PeftModel):
+        if job.team.is_main:
+            card = model_card(
+                f"{recipe.name}: chat model (SFT), adapter", f"Low-rank adapters for {start.name}.", facts
+            )
+            save_adapter(adapted, tokenizer, directory.path / "adapter", card)
+        model = merged(adapted)
     disable_dropout(model)
     model.eval()
-    tokens = sum(len(train[row].ids) for row in order)
     summary = {
         "parameters": count_parameters(model),
-        "steps": settings.steps,
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 1),
-        "dialogues_train": len(train),
-        "dialogues_validation": len(validation),
-        "dialogues_too_long": too_long,
-        "dialogues_validation_too_long": validation_too_long,
-        **_validation_loss(job.team, model, validation),
-        **_share_ended(job, settings, model, tokenizer),
+        **facts,
+        **_share_ended(job, settings, model, tokenizer, validation),
     }
     card = model_card(
         f"{recipe.name}: chat model (SFT)",
@@ -104,46 +116,182 @@ def run(job: Job) -> dict[str, Any]:
     return summary
 
 
-def _encoded(
-    recipe: Recipe, settings: SftSection, tokenizer: PreTrainedTokenizerBase, split: str
-) -> tuple[list[EncodedChat], int]:
-    """The conversations that fit, and how many did not."""
-    sources = settings.train if split == "train" else settings.validation
-    dataset = open_data(recipe, "sft", sources, "conversations", "train" if split == "train" else "validation")
-    chats = [encode_chat(tokenizer, messages) for messages in dataset]
-    report_faults(dataset)
-    kept = [chat for chat in chats if len(chat.ids) <= settings.max_tokens]
-    if not kept:
-        raise DataError(f"sft.{split}: none of the {len(chats)} conversations has at most {settings.max_tokens} tokens")
-    end = tokenizer.eos_token_id
-    if not any(token == end and trained for chat in kept for token, trained in zip(*chat, strict=True)):
-        raise DataError(
-            f"sft.{split}: the end token {tokenizer.eos_token!r} is nowhere among the trained tokens, so the model "
-            "would never learn to stop; check the chat template's generation markers"
+# The base
+
+
+def _prepared(recipe: Recipe, settings: SftSection, start: Start, tokenizer: PreTrainedTokenizerBase) -> ChatTokens:
+    """Gives the tokenizer what chatting needs, and tries its template out before any row is read."""
+    template = settings.chat_template
+    if template not in CHAT_TEMPLATES:
+        template = _template_file(Path(recipe.data.root) / template)
+    given = prepare_for_chat(tokenizer, template, replace=settings.replace_chat_template, end_token=settings.end_token)
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    try:
+        whole, prompt = encode_chat(tokenizer, [question, answer]), encode_prompt(tokenizer, [question])
+    except UserError as error:
+        raise UserError(f"{start.name} with its chat template: {error}") from None
+    begins = whole.trained.index(True)
+    if whole.ids[:begins] != prompt:
+        log(
+            "sft: warning: the chat template's generation prompt is not what an answered conversation begins with, so "
+            f"responses begin elsewhere than in training: after {tokenizer.decode(prompt)!r} instead of "
+            f"{tokenizer.decode(whole.ids[:begins])!r}; sft.replace_chat_template=true gives another template"
         )
-    return kept, len(chats) - len(kept)
+    return given
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> str:
-    text, inside = "", False
-    for token, trained in zip(*chat, strict=True):
-        if trained != inside:
-            text += "[" if trained else "]"
-            inside = trained
-        text += tokenizer.decode([token])
-    return (text + ("]" if inside else "")).replace("\n", "\n  ")
+def _template_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingInput(f"sft.chat_template: {path}, which is to be a Jinja file, can't be read: {error}") from None
+
+
+def _model(recipe: Recipe, start: Start, tokenizer: PreTrainedTokenizerBase, given: ChatTokens) -> PreTrainedModel:
+    """The base with an embedding for every token; what is random of what follows is seeded."""
+    model = start.causal_lm()
+    check_vocabulary(model, start.tokenizer(), start.name)
+    torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
+    resize_for(model, tokenizer, given.added)
+    use_special_tokens(model, tokenizer)
+    return model
+
+
+# Conversations
+
+
+class Dialogues(NamedTuple):
+    """The conversations of a split that can be learned from, the first ones as they were asked, and what was done."""
+
+    chats: list[EncodedChat]
+    asked: list[Messages]
+    too_long: int  # than max_tokens: dropped or truncated
+    truncated: int  # of those, the ones that are kept
+    untrained: int  # truncated before their first trained token, and so dropped
+
+    def say(self) -> str:
+        """What a log line says of them."""
+        found = f"{len(self.chats):,} dialogues"
+        if self.too_long:
+            found += f" ({self.too_long:,} were too long: {self.truncated:,} of them truncated"
+            found += f", {self.too_long - self.truncated:,} dropped)"
+        return found
+
+    def facts(self, prefix: str) -> dict[str, int]:
+        """What the summary says of what was done to them."""
+        return {
+            f"{prefix}_too_long": self.too_long,
+            f"{prefix}_truncated": self.truncated,
+            f"{prefix}_without_trained_tokens": self.untrained,
+        }
+
+
+def _encoded(recipe: Recipe, settings: SftSection, tokenizer: PreTrainedTokenizerBase, split: str) -> Dialogues:
+    """The conversations of a split as ids, none longer than max_tokens, each with something to learn."""
+
+    def encoded(messages: Messages) -> tuple[Messages, EncodedChat]:
+        chat = encode_chat(tokenizer, messages)
+        if settings.too_long == "error" and len(chat.ids) > settings.max_tokens:
+            raise UserError(
+                f"{len(chat.ids)} tokens, more than sft.max_tokens, which is {settings.max_tokens} (sft.too_long=drop "
+                "or truncate goes on)"
+            )
+        return messages[:-1], last_turn_only(chat) if settings.loss_on == "last" else chat
+
+    sources = settings.train if split == "train" else settings.validation
+    dataset = open_data(recipe, "sft", sources, "conversations", "train" if split == "train" else "validation", encoded)
+    chats: list[EncodedChat] = []
+    asked: list[Messages] = []
+    too_long = truncated = untrained = 0
+    for prompt, chat in dataset:
+        if len(asked) < settings.sampled_prompts:
+            asked.append(prompt)
+        if len(chat.ids) > settings.max_tokens:
+            too_long += 1
+            if settings.too_long == "drop":
+                continue
+            chat = EncodedChat(*(values[: settings.max_tokens] for values in chat))
+            if not any(chat.trained):
+                untrained += 1
+                continue
+            truncated += 1
+        chats.append(chat)
+    report_faults(dataset)
+    if not chats:
+        raise DataError(
+            f"sft.{split}: none of the {too_long:,} conversations has at most {settings.max_tokens} tokens"
+            + (", nor a trained token among its first ones" if untrained else "")
+        )
+    _check_end(tokenizer, chats, split)
+    return Dialogues(chats, asked, too_long, truncated, untrained)
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, chats: list[EncodedChat], split: str) -> None:
+    """Truncation takes the ends away: some must be left, or the model never learns to stop."""
+    end = tokenizer.eos_token_id
+    if not any(token == end and trained for chat in chats for token, trained in zip(*chat, strict=True)):
+        raise DataError(
+            f"sft.{split}: the end token {tokenizer.eos_token!r} is nowhere among the trained tokens, since every "
+            "conversation is truncated before it, so the model would never learn to stop; give a larger sft.max_tokens"
+        )
+
+
+# What is said at the start
+
+
+def _announce(
+    job: Job,
+    settings: SftSection,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: ChatTokens,
+    train: Dialogues,
+    validation: Dialogues,
+) -> None:
+    size, passes = microbatches(job.recipe, "sft", job.team.size)
+    adapters = trained_parameters(model) if settings.lora else 0
+    log(
+        f"sft: {count_parameters(model) - adapters:,} parameters"
+        + (f", {adapters:,} trained in their place" if settings.lora else "")
+        + f"; {settings.steps} steps of {settings.dialogues_per_step} dialogues ({job.team.size} processes x {passes} "
+        f"microbatches x {size}{', packed' if settings.packing else ''}); {train.say()}, "
+        f"{settings.steps * settings.dialogues_per_step / len(train.chats):.2f} passes; for validation "
+        f"{validation.say()}; {len(given.added)} tokens added to the vocabulary"
+    )
+    if settings.lora and given.untrained:
+        names = " ".join(tokenizer.convert_ids_to_tokens(given.untrained))
+        log(f"sft: the embeddings of {names} are trained beside the adapters: the base has never learned them")
+    log("sft: the first dialogue, what is trained in ⟦ ⟧:")
+    if job.team.is_main:
+        Console(highlight=False, soft_wrap=True).print(marked(tokenizer, train.chats[0]))
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> Text:
+    """A conversation as the model sees it, with what is trained in ⟦ ⟧, and in colour on a terminal."""
+    shown = Text("  ")
+    for trained, group in itertools.groupby(zip(*chat, strict=True), lambda pair: pair[1]):
+        text = visible(tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False))
+        text = text.replace("⟦", r"\u27e6").replace("⟧", r"\u27e7").replace("\n", "\n  ")
+        shown.append(f"⟦{text}⟧" if trained else text, style="bold green" if trained else "dim")
+    if len(shown) > SHOWN:
+        shown = shown[:SHOWN].append(f" ... and {len(shown) - SHOWN:,} more characters")
+    return shown
+
+
+# Training
 
 
 def _train(
     job: Job,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
     settings: SftSection,
-    size: int,
-    passes: int,
-) -> float:
-    """Trains the model in place on the rows in their order; returns the seconds that its steps took."""
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[EncodedChat],
+    order: list[int],
+    validation: list[EncodedChat],
+) -> Training:
+    """Trains the model in place on the rows in their order."""
+    size, passes = microbatches(job.recipe, "sft", job.team.size)
     arguments = SFTConfig(
         **trainer_arguments(
             output=job.directory.path,
@@ -158,11 +306,20 @@ def _train(
             gradient_clipping=settings.gradient_clipping,
         ),
         max_length=None,
-        packing=False,
+        packing=False,  # ours is a collator
     )
     figures = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
-    return run_trainer(trainer, job, settings.steps, figures, settings.log_every)
+    collator = PackingCollator(settings.max_tokens, tokenizer.pad_token_id) if settings.packing else None
+    trainer = LeanSFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_dataset(train).select(order),
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    measure = partial(validation_loss, job.team, model, validation)
+    validating = Validation(measure, settings.validate_every, "validation_nats_per_token", settings.early_stopping)
+    return run_trainer(trainer, job, settings.steps, figures, settings.log_every, validating)
 
 
 def _dataset(chats: list[EncodedChat]) -> Dataset:
@@ -174,27 +331,41 @@ def _dataset(chats: list[EncodedChat]) -> Dataset:
     )
 
 
-@torch.inference_mode()
-def _validation_loss(team: Team, model: PreTrainedModel, chats: list[EncodedChat], batch: int = 64) -> dict[str, Any]:
-    """Nats per trained token over all validation conversations: sums first, one division."""
-    pad = model.config.pad_token_id
+def _facts(
+    settings: SftSection,
+    model: PreTrainedModel | PeftModel,
+    train: Dialogues,
+    validation: Dialogues,
+    order: list[int],
+    training: Training,
+) -> dict[str, Any]:
+    """What the summary says of the training."""
+    tokens = sum(len(train.chats[row].ids) for row in order[: training.steps * settings.dialogues_per_step])
+    found = {
+        "parameters_trained": trained_parameters(model),
+        "steps": training.steps,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / training.seconds, 1),
+        "dialogues_train": len(train.chats),
+        "dialogues_validation": len(validation.chats),
+        **train.facts("dialogues"),
+        **validation.facts("dialogues_validation"),
+        "validation_nats_per_token_before": training.first["validation_nats_per_token"],
+        **training.last,
+    }
+    if training.best_step is not None:
+        found |= {"stopped_early": training.stopped_early, "best_step": training.best_step}
+    return found
 
-    def nats_and_counts(chats: list[EncodedChat]) -> list[tuple[float, float]]:
-        nats, counts = [], []
-        for start in range(0, len(chats), batch):
-            rows = chats[start : start + batch]
-            longest = max(len(chat.ids) for chat in rows)
-            ids = torch.tensor([chat.ids + [pad] * (longest - len(chat.ids)) for chat in rows], device=model.device)
-            mask = torch.tensor(
-                [chat.trained + [False] * (longest - len(chat.ids)) for chat in rows], device=model.device
-            )
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-            nats += torch.where(mask[:, 1:], -logprobs, 0.0).double().sum(1).tolist()
-            counts += mask[:, 1:].sum(1).double().tolist()
-        return list(zip(nats, counts, strict=True))
 
-    found = team.share(chats, nats_and_counts)
+# Measuring
+
+LOGITS = 2**26  # how many are held at a time
+
+
+def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:
+    """Nats per trained token over all these conversations, which the ranks share: sums first, one division."""
+    found = team.share(chats, partial(_nats_and_counts, model))
     if not all(math.isfinite(nats) for nats, _ in found):
         raise StageFailed("sft: the validation loss is not a number; try a smaller learning_rate")
     return ratio_estimate([nats for nats, _ in found], [count for _, count in found]).as_keys(
@@ -202,13 +373,38 @@ def _validation_loss(team: Team, model: PreTrainedModel, chats: list[EncodedChat
     )
 
 
+@torch.no_grad()
+def _nats_and_counts(model: PreTrainedModel | PeftModel, chats: list[EncodedChat]) -> list[tuple[float, int]]:
+    """The negative log-likelihood of each conversation's trained tokens, and their number."""
+    pad = model.config.pad_token_id
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(chats)
+    order = sorted(range(len(chats)), key=lambda row: (-len(chats[row].ids), row))
+    while order:
+        longest = len(chats[order[0]].ids)
+        size = max(1, min(64, LOGITS // (longest * model.config.vocab_size)))
+        rows, order = order[:size], order[size:]
+        ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            length = len(chats[row].ids)
+            ids[place, :length], mask[place, :length] = torch.tensor(chats[row].ids), torch.tensor(chats[row].trained)
+        ids, counted = ids.to(model.device), mask[:, 1:].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        nats = torch.where(counted, -logprobs, 0.0).double().sum(1).tolist()
+        for row, value, count in zip(rows, nats, counted.sum(1).tolist(), strict=True):
+            found[row] = (value, count)
+    return found
+
+
 def _share_ended(
-    job: Job, settings: SftSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    job: Job,
+    settings: SftSection,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: Dialogues,
 ) -> dict[str, Any]:
     """The share of sampled responses that stop by themselves, and a few of them for the eye."""
-    dataset = open_data(job.recipe, "sft", settings.validation, "conversations", "validation")
-    asked: list[Messages] = [messages[:-1] for messages in dataset]
-    encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in asked[: settings.sampled_prompts]]
+    encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
     prompts = fitting(encoded, lambda prompt: len(prompt[1]), model, settings.sampling.max_tokens, "sft.sampling")
     seed = derive_seed(job.recipe.seed, "sft", "sampling")
     responses = sample_responses(job, model, tokenizer, [ids for _, ids in prompts], settings.sampling, seed)
@@ -216,4 +412,13 @@ def _share_ended(
         text = tokenizer.decode(response.ids, skip_special_tokens=True)
         log(f"sft: {prompt[-1]['content']} -> {text}")
     ended = sum(response.ended for response in responses)
+    if ended < settings.ended_warning * len(responses):
+        most = settings.sampling.max_tokens
+        longer = sum(sum(last_turn_only(chat).trained) > most for chat in validation.chats)
+        log(
+            f"sft: warning: only {ended} of {len(responses)} sampled responses end by themselves within {most} tokens "
+            f"(sft.sampling.max_tokens); {longer} of {len(validation.chats)} answers in the validation data are longer "
+            f"than that. If {tokenizer.eos_token!r} is inside the ⟦ ⟧ of the first dialogue above, more steps or a "
+            "larger sft.learning_rate help: the end is learned as every other token is"
+        )
     return proportion_estimate(ended, len(responses)).as_keys("responses_ended")

@@ -7,16 +7,22 @@ flushed, checksummed and renamed like all others. They hold tensors and numbers,
 import json
 import math
 import pickle
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf.checkpoint import Checkpoint
+from rlhf.checkpoint import Checkpoint, load_tree, save_tree
 from rlhf.errors import StageFailed
 from rlhf.job import Job
-from rlhf.runtime import Bar, MetricsLog, derive_seed
+from rlhf.recipe import EarlyStoppingSection
+from rlhf.runtime import Bar, MetricsLog, derive_seed, log
 from rlhf.saver import Saver
 
 
@@ -38,8 +44,6 @@ def trainer_arguments(
     `size` rows a forward pass on each process, `passes` of them a step; cosine to 10 % after a linear warm-up.
     The losses of all processes are divided by the number of all their tokens.
     """
-    import torch
-
     gpu = torch.cuda.is_available()
     return {
         "output_dir": str(output),
@@ -72,27 +76,181 @@ def trainer_arguments(
     }
 
 
-def run_trainer(trainer: Trainer, job: Job, steps: int, figures: dict[str, str], log_every: int) -> float:
-    """Trains to the end, from the newest checkpoint on if there is one; returns the seconds of all its steps.
+# Validation
+
+
+class Validation(NamedTuple):
+    """What is measured on held-out data at the start, after every `every` steps and at the end.
+
+    `measure` is called on every rank at the same step, with the model in eval mode and without gradients; it returns
+    what goes into metrics.jsonl, the same on every rank, and draws no random number: how often it is called must not
+    change the result. With `stopping`, the weights with the lowest `figures[key]` are kept, among the validations that
+    come after every `stopping.every` steps, at the start and at the end.
+    """
+
+    measure: Callable[[], dict[str, Any]]
+    every: int
+    key: str
+    stopping: EarlyStoppingSection | None = None
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the trainer's state."""
+
+    window: list[dict[str, float]] = field(default_factory=list)  # figures of the steps since the last line
+    first: dict[str, Any] = field(default_factory=dict)  # what was measured at the start
+    kept: dict[str, Any] = field(default_factory=dict)  # what was measured of the weights that are kept
+    best_step: int = 0  # after which step they were those
+    to_beat: float = 0.0  # the last loss that gained enough to put off the end
+    without_gain: int = 0  # validations since then
+    stopped: bool = False
+    seconds_validating: float = 0.0
+
+
+class Training(NamedTuple):
+    """What a training came to."""
+
+    seconds: float  # of all its steps, the validations apart
+    steps: int  # that were taken
+    first: dict[str, Any]  # what was measured before the first step
+    last: dict[str, Any]  # what was measured of the weights that were kept
+    best_step: int | None  # after which step they were those; None without early stopping
+    stopped_early: bool
+
+
+class Validator:
+    """Measures when it is time to, remembers the best weights, and says when no better ones are to be hoped for."""
+
+    def __init__(self, what: str, validation: Validation, steps: int, progress: Progress, model: nn.Module) -> None:
+        self._what, self._validation, self._steps, self._progress = what, validation, steps, progress
+        self._model = model
+        self._best: dict[str, Tensor] = {}  # copies of what is trained, where early stopping may go back to them
+
+    def due(self, step: int) -> bool:
+        """Whether there is something to measure after this step."""
+        return step in (0, self._steps) or step % self._validation.every == 0 or self._decides(step)
+
+    def _decides(self, step: int) -> bool:
+        stopping = self._validation.stopping
+        return stopping is not None and (step in (0, self._steps) or step % stopping.every == 0)
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """The figures after this step; `progress.stopped` says whether it is to be the last one."""
+        started, training = time.monotonic(), self._model.training
+        self._model.eval()
+        with torch.no_grad():  # not inference_mode: what modules cache in there can't be trained through later
+            figures = self._validation.measure()
+        self._model.train(training)
+        if step == 0:
+            self._progress.first = figures
+        if self._validation.stopping is None:
+            self._progress.kept = figures
+        elif self._decides(step):
+            self._compare(step, figures, self._validation.stopping)
+        self._progress.seconds_validating += time.monotonic() - started
+        return figures
+
+    def _compare(self, step: int, figures: dict[str, Any], stopping: EarlyStoppingSection) -> None:
+        """Keeps the weights if no loss was lower; a loss that gains too little doesn't put off the end."""
+        progress, loss = self._progress, float(figures[self._validation.key])
+        if step == 0 or loss < progress.kept[self._validation.key]:
+            progress.kept, progress.best_step = figures, step
+            self._best = {name: weights.detach().to("cpu", copy=True) for name, weights in self._trained().items()}
+        if step == 0 or loss < progress.to_beat - stopping.min_gain:
+            progress.to_beat, progress.without_gain = loss, 0
+            return
+        progress.without_gain += 1
+        progress.stopped = progress.without_gain >= stopping.patience
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: weights for name, weights in self._model.named_parameters() if weights.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Writes the best weights, if early stopping may go back to them."""
+        if self._best:
+            save_tree(self._best, folder, "best")
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        if self._validation.stopping:
+            self._best = load_tree(folder, "best")
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Gives the model the best weights, where early stopping asks for them."""
+        if self._validation.stopping is None:
+            return
+        for name, weights in self._trained().items():
+            weights.copy_(self._best[name])
+        best = self._progress.kept[self._validation.key]
+        log(
+            f"{self._what}: the weights of step {self._progress.best_step} are kept, with the lowest "
+            f"{self._validation.key.replace('_', ' ')}: {best:.4f}"
+            + ("; training never improved on its start" if self._progress.best_step == 0 else "")
+        )
+
+
+# Training
+
+
+def run_trainer(
+    trainer: Trainer,
+    job: Job,
+    steps: int,
+    figures: dict[str, str],
+    log_every: int,
+    validation: Validation | None = None,
+) -> Training:
+    """Trains to the end, from the newest checkpoint on if there is one.
 
     `figures` maps the trainer's names of what is logged to ours. Raises Interrupted after a checkpoint.
     """
-    metrics = job.metrics()
-    saver = Saver(job, metrics)
+    saver = Saver(job, metrics := job.metrics())
     found = saver.resume()
-    loop = TrainerLoop(job.stage, steps, saver, metrics, figures, log_every, found)
+    model: nn.Module = trainer.model
+    progress = _progress_in(found) if found else Progress()
+    validator = Validator(job.stage, validation, steps, progress, model) if validation else None
+    if found and validator:
+        validator.load(found.path)
+    loop = TrainerLoop(job.stage, steps, saver, metrics, figures, log_every, validator, progress, found)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(loop)
     with saver.training(), loop.writing:
-        try:
-            trainer.train(resume_from_checkpoint=str(trainer_part(found)) if found else None)
-        except pickle.UnpicklingError as error:
-            raise _not_ours(found, str(error).splitlines()[0]) from None
+        if not (found and progress.stopped):
+            _train(trainer, found)
         if loop.stopped_at is not None:
             raise saver.interrupted(loop.stopped_at)
-        if trainer.state.global_step != steps:
-            raise _not_ours(found, f"the trainer ended at step {trainer.state.global_step} of {steps}")
-        return saver.seconds()
+        taken = found.step if found and progress.stopped else trainer.state.global_step
+        if taken != steps and not progress.stopped:
+            raise _not_ours(found, f"the trainer ended at step {taken} of {steps}")
+        if validator:
+            validator.keep_best()
+    _take_off_wrappers(model)
+    seconds = saver.seconds() - progress.seconds_validating
+    best_step = progress.best_step if validation and validation.stopping else None
+    return Training(seconds, taken, progress.first, progress.kept, best_step, taken < steps)
+
+
+def _train(trainer: Trainer, found: Checkpoint | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(trainer_part(found)) if found else None)
+    except pickle.UnpicklingError as error:
+        raise _not_ours(found, str(error).splitlines()[0]) from None
+
+
+def _take_off_wrappers(model: nn.Module) -> None:
+    """Gives a model its own forward again: libraries put others before it, for autocasting and for a fused loss."""
+    for module in model.modules():
+        for name in ("forward", "_original_forward"):
+            module.__dict__.pop(name, None)
+
+
+def _progress_in(found: Checkpoint) -> Progress:
+    try:
+        return Progress(**json.loads((found.path / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _not_ours(found, f"progress.json: {error}") from None
 
 
 def _not_ours(checkpoint: Checkpoint | None, why: str) -> StageFailed:
@@ -121,44 +279,56 @@ class TrainerLoop(TrainerCallback):
         metrics: MetricsLog,
         figures: dict[str, str],
         log_every: int,
+        validator: Validator | None,
+        progress: Progress,
         found: Checkpoint | None,
     ) -> None:
         self._what, self._steps, self._saver, self._metrics = what, steps, saver, metrics
         self._figures, self._log_every = figures, log_every
+        self._validator, self._progress, self._begins = validator, progress, found is None
         self._bar = Bar(what, steps, found.step if found else 0)
-        self._window: list[dict[str, float]] = []  # the steps since the last line
-        if found:
-            self._window = json.loads((found.path / "window.json").read_text(encoding="utf-8"))
         self.writing = ExitStack()  # what is half written when the trainer fails is thrown away
         self._folder: Path | None = None
         self.stopped_at: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Starts the bar."""
+        """Starts the bar, and measures what is there before the first step."""
         self._bar.__enter__()
+        if self._begins:
+            self._validate(0)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the bar."""
         self._bar.__exit__(None, None, None)
 
+    def _validate(self, step: int) -> None:
+        if self._validator and self._validator.due(step):
+            self._metrics.log(step=step, **self._validator.measure(step))
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Has the trainer write a checkpoint into a folder of ours where one is due, and stop where it is to."""
-        save, stop = self._saver.decide(state.global_step, last=state.global_step == self._steps)
+        """Measures, has the trainer write a checkpoint into a folder of ours, and stops, each where it is time to."""
+        step = state.global_step
+        self._validate(step)
+        done = self._progress.stopped or step == self._steps
+        save, stop = self._saver.decide(step, last=done)
         if save:
-            self._folder = self.writing.enter_context(self._saver.writing(state.global_step, model))
+            self._folder = self.writing.enter_context(self._saver.writing(step, model))
             args.output_dir = str(self._folder)
             control.should_save = True
-        if stop:
+        if stop or done:
             control.should_training_stop = True
-            self.stopped_at = state.global_step
+        if stop:
+            self.stopped_at = step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seals what the trainer wrote."""
         assert self._folder is not None
         if state.is_world_process_zero:
-            (self._folder / "window.json").write_text(json.dumps(self._window), encoding="utf-8")
+            (self._folder / "progress.json").write_text(json.dumps(asdict(self._progress)), encoding="utf-8")
+            if self._validator:
+                self._validator.save(self._folder)
         self.writing.close()
 
     def on_log(
@@ -178,13 +348,14 @@ class TrainerLoop(TrainerCallback):
             raise StageFailed(
                 f"{self._what}: the loss is {values['loss']} at step {state.global_step}; try a smaller learning_rate"
             )
-        self._window.append(values)
-        if state.global_step % self._log_every and state.global_step != self._steps:
+        window = self._progress.window
+        window.append(values)
+        if state.global_step % self._log_every and state.global_step != self._steps and not self._progress.stopped:
             return
         means = {
-            name: value if name in self.LAST else sum(step[name] for step in self._window) / len(self._window)
+            name: value if name in self.LAST else sum(step[name] for step in window) / len(window)
             for name, value in values.items()
         }
-        self._window.clear()
+        window.clear()
         self._metrics.log(step=state.global_step, **means)
         self._bar.show(state.global_step, **means)

@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from rlhf.data import reader, rows, sources
 from rlhf.data.files import source_files
 from rlhf.data.reader import Faults, read_rows
+from rlhf.data.rows import Kind
 from rlhf.data.tokens import PackedTokens, pack
 from rlhf.errors import DataError, MissingInput, UserError
 from rlhf.recipe import Source
@@ -43,8 +43,8 @@ def texts_of(path: Path, faults: Faults | None = None) -> list[str]:
     return [row.value["text"] for row in read_rows(path, faults or Faults("error"))]
 
 
-def data_set(path: Path, convert: Callable[[dict[str, Any]], Any], mode: Any) -> sources.DataSet:
-    return sources.DataSet([sources.from_files([path])], convert, Faults(mode), seed=0)
+def data_set(path: Path, kind: Kind, mode: Any) -> sources.DataSet:
+    return sources.DataSet([sources.from_files([path])], kind, Faults(mode), seed=0)
 
 
 # Lines
@@ -102,7 +102,7 @@ BAD_LINES = [
 def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path: Path, line: bytes, fault: str) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, b"", line, GOOD)
     with pytest.raises(DataError) as caught:
-        list(data_set(path, rows.to_text, "error"))
+        list(data_set(path, "texts", "error"))
     assert str(caught.value).startswith(f"{path}, line 3: ")
     assert fault in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path: Path, line: bytes, 
 @pytest.mark.parametrize(("line", "fault"), BAD_LINES)
 def test_a_bad_row_is_skipped_and_counted_once(tmp_path: Path, line: bytes, fault: str) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, b"", line, GOOD)
-    found = data_set(path, rows.to_text, "skip")
+    found = data_set(path, "texts", "skip")
     assert list(found) == ["good", "good"]
     assert found.faults.counts == {str(path): 1}
     assert found.faults.report().startswith("skipped 1 bad rows")
@@ -122,7 +122,7 @@ def test_a_bad_row_is_skipped_and_counted_once(tmp_path: Path, line: bytes, faul
 def test_every_line_is_a_row_a_blank_or_counted(tmp_path: Path, kinds: list[str]) -> None:
     content = {"good": GOOD, "blank": b"  ", "bad json": b"{", "bad type": b'{"text": []}', "bad bytes": b"\xff"}
     path = write(tmp_path / "rows.jsonl", GOOD, *(content[kind] for kind in kinds))
-    found = data_set(path, rows.to_text, "skip")
+    found = data_set(path, "texts", "skip")
     counts = Counter(kinds)
     assert len(list(found)) == 1 + counts["good"]
     assert found.faults.counts.total() == len(kinds) - counts["good"] - counts["blank"]
@@ -215,16 +215,16 @@ def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path)
 def test_parquet_rows_are_read_and_a_null_is_named_by_its_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b\u2028", None, "d"]}), path)
-    found = data_set(path, rows.to_text, "skip")
+    found = data_set(path, "texts", "skip")
     assert list(found) == ["a", "b\u2028", "d"]
-    assert f"{path}, line 3: `text`" in found.faults.report()
+    assert f"{path}, row 3: `text`" in found.faults.report()
 
 
 def test_parquet_keeps_conversations(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [messages, messages]}), path)
-    assert list(data_set(path, rows.to_conversation, "error")) == [messages, messages]
+    assert list(data_set(path, "conversations", "error")) == [messages, messages]
 
 
 # Rows
@@ -296,7 +296,7 @@ def test_every_format_of_a_comparison_gives_the_same() -> None:
         "rejected": [{"role": "assistant", "content": "bad"}],
         "source": "s",
     }
-    assert rows.to_comparison(plain) == rows.to_comparison(messages) == expected
+    assert rows.to_comparisons(plain) == rows.to_comparisons(messages) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,14 @@ def test_every_format_of_a_comparison_gives_the_same() -> None:
 )
 def test_what_is_wrong_with_a_comparison_is_said(row: dict[str, Any], fault: str) -> None:
     with pytest.raises(rows.Malformed) as caught:
-        rows.to_comparison(row)
+        rows.to_comparisons(row)
     assert fault in str(caught.value)
 
 
 def test_prompts_end_with_the_user() -> None:
     assert rows.to_prompt({"prompt": "q"}) == rows.to_prompt({"prompt": [USER]}) == [USER]
     assert rows.to_prompt({"prompt": [SYSTEM, USER]}) == [SYSTEM, USER]
+    assert rows.to_prompt({"messages": [SYSTEM, USER, ANSWER]}) == [SYSTEM, USER]
     for bad in ([SYSTEM], [USER, ANSWER], [], "", "\n"):
         with pytest.raises(rows.Malformed):
             rows.to_prompt({"prompt": bad})
@@ -336,19 +337,15 @@ def test_any_kind_of_row_has_a_text() -> None:
 # The malformed files beside the checkout
 
 
-CONVERTERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "sft": rows.to_conversation,
-    "any": rows.to_conversation,
-    "preference": rows.to_comparison,
-}
-LISTED = [name for name, expected in EXPECTED.items() if expected["kind"] in CONVERTERS]
+KINDS: dict[str, Kind] = {"sft": "conversations", "any": "conversations", "preference": "comparisons"}
+LISTED = [name for name, expected in EXPECTED.items() if expected["kind"] in KINDS]
 
 
 @pytest.mark.skipif(not EXPECTED, reason=f"no {MALFORMED}")
 @pytest.mark.parametrize("name", LISTED)
 def test_shared_malformed_files_when_skipping(name: str) -> None:
     expected = EXPECTED[name]
-    found = data_set(MALFORMED / name, CONVERTERS[expected["kind"]], "skip")
+    found = data_set(MALFORMED / name, KINDS[expected["kind"]], "skip")
     if expected["class"] in ("empty", "encoding", "not_jsonl", "container"):
         with pytest.raises(DataError, match=name):
             list(found)
@@ -365,7 +362,7 @@ def test_shared_malformed_files_when_skipping(name: str) -> None:
 @pytest.mark.parametrize("name", LISTED)
 def test_shared_malformed_files_when_stopping(name: str) -> None:
     expected = EXPECTED[name]
-    found = data_set(MALFORMED / name, CONVERTERS[expected["kind"]], "error")
+    found = data_set(MALFORMED / name, KINDS[expected["kind"]], "error")
     if expected["class"] == "accept":
         assert len(list(found)) == expected["good_rows"]
         return
@@ -385,7 +382,7 @@ def numbered(tmp_path: Path) -> Path:
 
 def texts_from(source: Source, root: Path, seed: int = 0, mode: Any = "error") -> list[str]:
     opened = sources.open_sources((source,), root, "texts", "train", seed)
-    return list(sources.texts(opened, Faults(mode), seed))
+    return list(sources.DataSet(opened, "texts", Faults(mode), seed))
 
 
 def test_weight_2_uses_each_row_twice(numbered: Path) -> None:
@@ -421,7 +418,7 @@ def test_a_limit_takes_the_first_rows(numbered: Path) -> None:
 
 def test_a_data_set_gives_the_same_rows_and_counts_every_time(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, b"{", GOOD)
-    found = data_set(path, rows.to_text, "skip")
+    found = data_set(path, "texts", "skip")
     assert list(found) == list(found) == ["good", "good"]
     assert found.faults.counts == {str(path): 1}
 
@@ -432,7 +429,7 @@ def test_sources_come_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("c", encoding="utf-8")
     listed = (Source(path="b.jsonl"), Source(path="*.txt"), Source(path="a.jsonl"))
     opened = sources.open_sources(listed, tmp_path, "texts", "train", 0)
-    assert list(sources.texts(opened, Faults(), 0)) == ["b", "c", "a"]
+    assert list(sources.DataSet(opened, "texts", Faults(), 0)) == ["b", "c", "a"]
 
 
 def test_a_glob_means_its_files_in_order_of_their_names(tmp_path: Path) -> None:
@@ -480,10 +477,10 @@ def test_missing_files_show_before_anything_is_read(tmp_path: Path) -> None:
 
 def test_the_built_in_world_gives_the_rows_of_its_split(tmp_path: Path) -> None:
     source = (Source(builtin="tinyworld", rows=25),)
-    make = {"conversations": sources.conversations, "prompts": sources.prompts}
-    for kind, build in make.items():
-        opened = sources.open_sources(source, tmp_path, kind, "test", 0)  # type: ignore[arg-type]
-        found = list(build(opened, Faults(), 0))
+    kinds: tuple[Kind, ...] = ("conversations", "prompts")
+    for kind in kinds:
+        opened = sources.open_sources(source, tmp_path, kind, "test", 0)
+        found = list(sources.DataSet(opened, kind, Faults(), 0))
         assert len(found) == 25
         assert {messages[0]["content"] for messages in found} <= set(tinyworld_prompts("test"))
     assert len(texts_from(source[0], tmp_path)) == 25
@@ -492,13 +489,13 @@ def test_the_built_in_world_gives_the_rows_of_its_split(tmp_path: Path) -> None:
 def test_the_built_in_world_has_no_comparisons_in_store(tmp_path: Path) -> None:
     opened = sources.open_sources((Source(builtin="tinyworld", rows=1),), tmp_path, "comparisons", "train", 0)
     with pytest.raises(DataError, match=r"reward\.collect"):
-        list(sources.comparisons(opened, Faults(), 0))
+        list(sources.DataSet(opened, "comparisons", Faults(), 0))
 
 
 def test_a_hub_data_set_that_cannot_be_loaded_is_the_users_error(tmp_path: Path) -> None:
     opened = sources.open_sources((Source(hub="nobody/nothing"),), tmp_path, "texts", "train", 0)
     with pytest.raises(UserError, match="nobody/nothing"):
-        list(sources.texts(opened, Faults(), 0))
+        list(sources.DataSet(opened, "texts", Faults(), 0))
 
 
 def test_shuffling_keeps_every_item_and_depends_on_the_seed_alone() -> None:

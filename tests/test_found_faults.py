@@ -132,26 +132,26 @@ def test_a_template_may_trim_some_contents_and_not_others(tokenizer: PreTrainedT
 @pytest.mark.parametrize("weight", [2.0, 1.5, 3.0])
 def test_a_bad_row_of_a_weighted_source_is_counted_once(tmp_path: Path, weight: float) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, b"{", b'{"text": 1}', GOOD)
-    found = sources.DataSet([sources.from_files([path], weight)], rows.to_text, Faults("skip"), 0)
+    found = sources.DataSet([sources.from_files([path], weight)], "texts", Faults("skip"), 0)
     list(found)
     assert found.faults.counts == {str(path): 2}
 
 
 def test_a_limit_counts_good_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", b"{", b'{"text": 1}', GOOD, GOOD, GOOD)
-    found = sources.DataSet([sources.from_files([path], 1.0, 2)], rows.to_text, Faults("skip"), 0)
+    found = sources.DataSet([sources.from_files([path], 1.0, 2)], "texts", Faults("skip"), 0)
     assert len(list(found)) == 2
 
 
 def test_a_file_of_rows_of_another_kind_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", b'{"body": "a"}', b'{"body": "b"}')
     with pytest.raises(DataError, match="no good row"):
-        list(data_set(path, rows.to_text, "skip"))
+        list(data_set(path, "texts", "skip"))
 
 
 def test_examples_of_faults_are_those_of_the_last_reading(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, b"{", GOOD)
-    found = data_set(path, rows.to_text, "skip")
+    found = data_set(path, "texts", "skip")
     assert list(found) == list(found)
     assert len(found.faults.examples) == 1
 
@@ -178,14 +178,14 @@ def test_a_root_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
 
 def test_the_built_in_world_without_a_limit_is_endless() -> None:
     opened = sources.from_tinyworld("conversations", "train", 0, limit=None)
-    found = sources.conversations([opened], Faults(), 0)
+    found = sources.DataSet([opened], "conversations", Faults(), 0)
     assert next(iter(found), None) is not None
 
 
 def test_chosen_that_is_null_is_named_as_such_and_gold_is_read_again() -> None:
     saved = {"prompt": "q", "chosen": "a", "rejected": "b", "gold_chosen": 1.0, "gold_rejected": 0.25}
-    assert rows.to_comparison(saved).gold_chosen == 1.0
-    assert rows.to_comparison(saved).gold_rejected == 0.25
+    assert rows.to_comparisons(saved)[0].gold_chosen == 1.0
+    assert rows.to_comparisons(saved)[0].gold_rejected == 0.25
 
 
 def test_nothing_to_ask_is_no_crash(tokenizer: PreTrainedTokenizerBase) -> None:

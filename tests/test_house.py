@@ -21,6 +21,7 @@ FLOORS = [
         "rlhf.job",
         "rlhf.saver",
         "rlhf.plugins",
+        "rlhf.templates",
     },
     {"rlhf.data", "rlhf.tinyworld", "rlhf.rollout", "rlhf.judge"},
     {"evaluation"},

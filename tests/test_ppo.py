@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.judge import Conversation
+from rlhf.judge import Conversation, Scores
 from rlhf.model import critic_from_policy, critic_from_scorer, load_scorer
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
@@ -57,8 +57,8 @@ def settings(**more: Any) -> PpoSection:
 class LengthJudge:
     """Scores a conversation by its number of tokens."""
 
-    def scores(self, conversations: Sequence[Conversation]) -> list[float]:
-        return [float(len(c.ids)) for c in conversations]
+    def scores(self, conversations: Sequence[Conversation]) -> Scores:
+        return Scores([float(len(c.ids)) for c in conversations])
 
 
 class Device:
@@ -111,7 +111,7 @@ def episodes(learner: ppo.Learner, temperature: float = 0.7) -> list[Response]:
 
 
 def evaluated(learner: ppo.Learner, responses: list[Response], scores: list[float]) -> ppo.Trajectory:
-    return learner._evaluate(learner._observed(PROMPTS, responses, scores, [None] * len(PROMPTS)))[0]
+    return learner._evaluate(learner._observed(PROMPTS, responses, Scores(scores), [None] * len(PROMPTS)))[0]
 
 
 def naive_gradient(learner: ppo.Learner, responses: list[Response], minibatch: list[int], s: PpoSection) -> Any:
@@ -289,12 +289,19 @@ def test_a_critic_from_the_policy_begins_at_zero_and_one_from_the_judge_at_its_s
     torch.testing.assert_close(values, expected)
 
 
+def test_a_critic_from_an_ensemble_begins_at_the_mean_of_its_heads(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[BOS, 5, 6, 7], [BOS, 9, 10, END]])
+    LlamaForSequenceClassification(config(num_labels=3, score_heads=3)).save_pretrained(tmp_path)
+    logits = load_scorer(tmp_path)(input_ids=ids).logits.detach()
+    expected = [sum(float(row[k]) - (0.5, -1.0, 2.0)[k] for k in range(3)) / 3 for row in logits]
+    values = critic_from_scorer(load_scorer(tmp_path), (0.5 - 1.0 + 2.0) / 3)(ids)[:, -1].tolist()
+    assert values == pytest.approx(expected, abs=1e-6)
+
+
 def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     """TRL: pad == eos corrupted the masks."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(config()).save_pretrained(tmp_path / "policy")
-    LlamaForSequenceClassification(config(num_labels=1)).save_pretrained(tmp_path / "judge")
     tokenizer: Any = SimpleNamespace(pad_token_id=END, eos_token_id=END)
-    device: Any = Device()
+    nothing: Any = None  # it is refused before anything is loaded
     with pytest.raises(UserError, match="pad and end token must be different"):
-        ppo._load_roles(settings(), Start(str(tmp_path / "policy"), False), str(tmp_path / "judge"), tokenizer, device)
+        ppo._load_roles(nothing, nothing, Start(str(tmp_path), False), tokenizer, nothing)

@@ -106,6 +106,44 @@ def test_a_stage_that_is_killed_goes_on_and_ends_bitwise_equal(
     assert_equal(directory, finished_chain / "runs/tiny" / stage)
 
 
+OVERFITTED = ("sft.train=[{builtin: tinyworld, rows: 8}]", "sft.learning_rate=0.05")  # the loss falls, and rises again
+WAYS_TO_FINE_TUNE = {
+    "adapters": ("sft.lora={rank: 4, dropout: 0.1}", "sft.packing=true", "sft.microbatch_size=8"),
+    "early-stopping": (*OVERFITTED, "sft.early_stopping={every: 3, patience: 4}"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_FINE_TUNE)
+def test_however_it_is_fine_tuned_it_goes_on_and_ends_bitwise_equal(
+    finished_chain: Path, tmp_path: Path, way: str
+) -> None:
+    """Adapters with dropout, packed, and new tokens; the best weights of before, and the validations since."""
+    command = arguments("sft", "sft.chat_template=chatml", *WAYS_TO_FINE_TUNE[way])
+    whole = begin(finished_chain, tmp_path / "whole", "sft")
+    rlhf(*command, cwd=tmp_path / "whole")
+    directory = begin(finished_chain, tmp_path, "sft")
+    process = start(*command, cwd=tmp_path)
+    until((directory / "checkpoints/step-20").exists, process)
+    process.kill()
+    process.communicate()
+    assert not (directory / "summary.json").exists()
+    assert "sft: goes on from the checkpoint of step" in rlhf(*command, cwd=tmp_path)
+    assert_equal(directory, whole)
+    if way == "adapters":
+        name = "adapter/adapter_model.safetensors"
+        assert (directory / name).read_bytes() == (whole / name).read_bytes()
+    else:
+        summary = json.loads((whole / "summary.json").read_text())
+        assert summary["stopped_early"]
+        assert summary["best_step"] < 20 < summary["steps"] < 60
+
+    for made in ("summary.json", "model", "adapter"):  # killed between the last checkpoint and the end
+        path = directory / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    rlhf(*command, cwd=tmp_path)
+    assert_equal(directory, whole)
+
+
 def test_another_logging_interval_changes_the_lines_and_not_the_figures(finished_chain: Path, tmp_path: Path) -> None:
     """A line is the mean since the last line, wherever the run was interrupted in between."""
     directory = begin(finished_chain, tmp_path, "pretrain")

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.runtime import visible
+from rlhf.templates import CHAT_TEMPLATES
 from rlhf.tinyworld.documents import documents
 from rlhf.tokenizer import (
-    CHAT_TEMPLATES,
     SPECIAL_TOKENS,
     EncodedChat,
     Messages,
@@ -345,9 +345,9 @@ def test_our_tokenizer_gets_a_template_and_an_end_of_turn(
     tokenizer: PreTrainedTokenizerBase, template: str, added: int, eos: str
 ) -> None:
     prepared = copy.deepcopy(tokenizer)
-    assert prepare_for_chat(prepared, template) == added == len(prepared) - VOCAB_SIZE
+    assert len(prepare_for_chat(prepared, template).added) == added == len(prepared) - VOCAB_SIZE
     assert (prepared.eos_token, prepared.pad_token) == (eos, "<|pad|>")
-    assert prepare_for_chat(prepared, template) == 0
+    assert prepare_for_chat(prepared, template) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,8 @@ def test_other_tokenizers_get_what_they_lack_and_pad_is_never_eos(
 ) -> None:
     foreign = bytes_only(**special)
     before = len(foreign)
-    assert prepare_for_chat(foreign, template) == added == len(foreign) - before
+    assert prepare_for_chat(foreign, template).added == list(range(before, len(foreign)))
+    assert len(foreign) - before == added
     assert foreign.pad_token_id is not None
     assert foreign.pad_token_id != foreign.eos_token_id
     assert encode_chat(foreign, DIALOGUE).ids[-1 if template == "rlhf" else -2] == foreign.eos_token_id
@@ -380,7 +381,7 @@ def test_a_tokenizer_without_bos_gets_a_template_without_it() -> None:
 def test_a_chat_model_keeps_its_template_and_eos_but_not_eos_as_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     own = chatml(tokenizer, PLAIN_CHATML)
     own.pad_token = "<|im_end|>"
-    assert prepare_for_chat(own, "rlhf") == 0  # <|pad|> is there already
+    assert prepare_for_chat(own, "rlhf") == ([], [])  # <|pad|> is there already
     assert (own.chat_template, own.eos_token, own.pad_token) == (PLAIN_CHATML, "<|im_end|>", "<|pad|>")
 
 

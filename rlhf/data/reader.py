@@ -15,15 +15,18 @@ from typing import IO, Any, Literal, NamedTuple
 from rlhf.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is a bad row, so that no file can exhaust the memory
-MAX_TEXT_BYTES = 1024 * 2**20  # a plain text file is one document
+MAX_TEXT_BYTES = 1024 * 2**20  # a plain text file is one document; a JSON array is read whole, too
+
+Unit = Literal["line", "row"]  # what a row's number counts
 
 
 class Row(NamedTuple):
-    """One row of a file and where it stands; `line` counts from 1 (for Parquet it is the row)."""
+    """One row of a file and where it stands; `line` counts lines from 1, or rows where these are no lines."""
 
     path: Path
     line: int
     value: dict[str, Any]
+    unit: Unit = "line"
 
 
 @dataclass
@@ -34,9 +37,9 @@ class Faults:
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def bad(self, path: Path, line: int, fault: str) -> None:
+    def bad(self, path: Path, line: int, fault: str, unit: Unit = "line") -> None:
         """Records a bad row, or raises DataError."""
-        message = f"{path}, line {line}: {fault}"
+        message = f"{path}, {unit} {line}: {fault}"
         if self.on_bad_row == "error":
             raise DataError(f"{message}\n(data.on_bad_row=skip counts bad rows and goes on)")
         self.counts[str(path)] += 1
@@ -57,7 +60,7 @@ class Faults:
 
 
 def read_rows(path: Path, faults: Faults) -> Iterator[Row]:
-    """The rows of one file by its ending: .jsonl, .jsonl.gz, .parquet, .txt (one document).
+    """The rows of one file by its ending: .jsonl, .jsonl.gz, .parquet, .txt (one document), .json (lines or an array).
 
     Raises DataError where the file itself can't be read, or holds no row at all.
     """
@@ -69,10 +72,12 @@ def read_rows(path: Path, faults: Faults) -> Iterator[Row]:
             rows = _parquet_rows(path)
         elif name.endswith(".txt"):
             rows = _text_row(path)
+        elif name.endswith((".json", ".json.gz")) and _is_array(path):
+            rows = _array_rows(path, faults)
         elif name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".json")):
             rows = _json_rows(path, faults)
         else:
-            raise DataError(f"{path}: unknown kind of file; known are .jsonl, .jsonl.gz, .parquet and .txt")
+            raise DataError(f"{path}: unknown kind of file; known are .jsonl, .jsonl.gz, .json, .parquet and .txt")
         for row in rows:
             found = True
             yield row
@@ -87,9 +92,43 @@ def read_rows(path: Path, faults: Faults) -> Iterator[Row]:
         raise DataError(f"{path}: no good row" + (f" ({seen} bad ones)" if seen else ": the file is empty"))
 
 
-def _json_rows(path: Path, faults: Faults) -> Iterator[Row]:
+def _opened(path: Path) -> IO[bytes]:
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rb") as file:
+    return opener(path, "rb")
+
+
+def _is_array(path: Path) -> bool:
+    """Whether the first sign of a file is that of a JSON array."""
+    with _opened(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        while not start and (more := file.read(2**20)):
+            start = more.lstrip()
+    return start.startswith(b"[")
+
+
+def _array_rows(path: Path, faults: Faults) -> Iterator[Row]:
+    data = bytearray()
+    with _opened(path) as file:
+        while part := file.read(2**20):
+            data += part
+            if len(data) > MAX_TEXT_BYTES:
+                limit = MAX_TEXT_BYTES // 2**20
+                raise DataError(f"{path}: a JSON array larger than {limit} MiB; make it JSON Lines, one object a line")
+    try:
+        values = json.loads(_decoded(path, bytes(data)))
+    except RecursionError:
+        raise DataError(f"{path}: JSON nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    for number, value in enumerate(values, 1):
+        if isinstance(value, dict):
+            yield Row(path, number, value, "row")
+        else:
+            faults.bad(path, number, _no_object(value), "row")
+
+
+def _json_rows(path: Path, faults: Faults) -> Iterator[Row]:
+    with _opened(path) as file:
         for number, raw in enumerate(_lines(file), 1):
             if raw is None:
                 faults.bad(path, number, f"longer than {MAX_LINE_BYTES // 2**20} MiB")
@@ -131,26 +170,30 @@ def _parse(raw: bytes) -> tuple[dict[str, Any], str]:
     except ValueError as error:
         return {}, f"not valid JSON: {error}"
     if not isinstance(value, dict):
-        return {}, f"a JSON object is expected, this is {_json_type(value)}"
+        return {}, _no_object(value)
     return value, ""
 
 
-def _json_type(value: Any) -> str:
+def _no_object(value: Any) -> str:
     names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), "an object")
+    return f"a JSON object is expected, this is {'null' if value is None else names[type(value)]}"
 
 
 def _text_row(path: Path) -> Iterator[Row]:
     if path.stat().st_size > MAX_TEXT_BYTES:
         raise DataError(f"{path}: larger than {MAX_TEXT_BYTES // 2**20} MiB; make it JSON Lines, one document a line")
-    data = path.read_bytes()
+    text = _decoded(path, path.read_bytes())
+    if text.strip():
+        yield Row(path, 1, {"text": text})
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    """The text of a whole file, without its byte order mark."""
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text") from None
-    if text.strip():
-        yield Row(path, 1, {"text": text})
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -163,6 +206,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         for batch in file.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(path, number, value)
+                yield Row(path, number, value, "row")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file, or a damaged one: {error}") from None

@@ -1,0 +1,130 @@
+"""What a recipe's `ppo.judge` and `ppo.critic_from` mean: the judges that ppo learns from, and its critic."""
+
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import RecipeError, UserError
+from rlhf.judge import ClassifierJudge, FunctionJudge, Judge, Part, RewardModelJudge, WeightedSum, score_means
+from rlhf.judge.classifier import label_index
+from rlhf.model import (
+    Critic,
+    check_vocabulary,
+    critic_from_policy,
+    critic_from_scorer,
+    load_classifier,
+    load_scorer,
+    score_heads,
+)
+from rlhf.plugins import load_function
+from rlhf.recipe import JudgeSection, Recipe
+from rlhf.rundir import RunDir
+from rlhf.runtime import log
+from stages.common import Start, context_of, named_model, runs_code, starting_model
+
+
+def build_judge(
+    recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, context: int, device: torch.device
+) -> WeightedSum:
+    """The weighted sum that the recipe names, its models on the device. Nothing is loaded that it doesn't name.
+
+    `tokenizer` and `context` are the policy's. Raises UserError, naming the judge, where one can't be had.
+    """
+    assert recipe.ppo is not None
+    parts, told = [], []
+    for section in recipe.ppo.judge:
+        judge, how = _judge(section, recipe, run, tokenizer, context, device)
+        parts.append(Part(section.title, section.weight, judge))
+        told.append(f"{section.weight:g} x {section.title} ({how})")
+    log(f"ppo: score = {' + '.join(told)}")
+    return WeightedSum(parts)
+
+
+def _judge(
+    section: JudgeSection,
+    recipe: Recipe,
+    run: RunDir,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    device: torch.device,
+) -> tuple[Judge, str]:
+    """One judge, and in words how it reads a conversation."""
+    if section.python:
+        function = load_function("ppo.judge", section.python, Path(recipe.data.root))
+        return FunctionJudge(section.python, function), "a Python function"
+    assert section.model is not None
+    ours, who = section.model == "reward", f"ppo.judge {section.title}"
+    start = reward_start(recipe, run) if ours else named_model(recipe, section.model)
+    stored = device.type == "cuda" and not ours
+    model = load_classifier(start.name, "auto" if stored else torch.float32, remote_code=start.remote_code)
+    model.requires_grad_(False).eval().to(device)
+    heads = score_heads(model.config)
+    many = f", {heads} heads" if heads > 1 else ""
+    if ours and not section.chat_template and not _misfit(start, model, tokenizer, context):
+        label_index(who, model, section.label)  # refuses a label
+        return RewardModelJudge(model, section.uncertainty_penalty), f"a model that reads the policy's own tokens{many}"
+    own = start.tokenizer()
+    if section.chat_template:
+        own.chat_template = _template(section.chat_template, Path(recipe.data.root))
+    check_vocabulary(model, own, start.name)
+    judge = ClassifierJudge(who, model, own, label=section.label, uncertainty_penalty=section.uncertainty_penalty)
+    way = "through its own chat template" if own.chat_template else "as a pair of prompt and response"
+    return judge, f"a model that reads text {way}{many}"
+
+
+def reward_start(recipe: Recipe, run: RunDir) -> Start:
+    """The reward stage's model. Code that it brings is run where the recipe allows that of what it was made of."""
+    assert recipe.reward is not None
+    origin = recipe.reward.from_ or recipe.reward.start
+    code = runs_code(recipe, origin) if origin else starting_model(recipe, run, "ppo").remote_code
+    return Start(str(run.stage("reward").model), code)
+
+
+def _misfit(start: Start, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> str:
+    """Why a model can't read the policy's own tokens; nothing where it can."""
+    own = start.tokenizer()
+    if own.get_vocab() != tokenizer.get_vocab():
+        return "has another tokenizer than the policy"
+    if own.chat_template != tokenizer.chat_template:
+        return "has another chat template than the policy"
+    if context_of(model) < context:
+        return f"reads {context_of(model)} tokens at most, the policy {context}"
+    return ""
+
+
+def _template(file: str, root: Path) -> str:
+    try:
+        return (root / file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"ppo.judge.chat_template: {root / file} can't be read: {error}") from None
+
+
+def build_critic(
+    recipe: Recipe, run: RunDir, policy: Start, tokenizer: PreTrainedTokenizerBase, context: int
+) -> Critic:
+    """The critic, on the CPU: from the reward model where the recipe asks for it, or doesn't say and it fits.
+
+    Unasked it isn't taken where the score is another judge's alone: its values would be in another unit.
+    Raises RecipeError where the recipe asks for it and it doesn't fit.
+    """
+    assert recipe.ppo is not None
+    wanted = recipe.ppo.critic_from
+    judged = any(section.model == "reward" and section.weight > 0 for section in recipe.ppo.judge)
+    if wanted == "policy" or (wanted is None and not judged):
+        return critic_from_policy(policy.causal_lm())
+    start = reward_start(recipe, run)
+    scorer = load_scorer(start.name, remote_code=start.remote_code)
+    misfit = _misfit(start, scorer, tokenizer, context)
+    if not misfit and not isinstance(getattr(scorer, "score", None), nn.Linear):
+        misfit = f"is a {type(scorer).__name__}, which has no score for every token"
+    if not misfit:
+        return critic_from_scorer(scorer, fmean(score_means(scorer)))
+    if wanted == "reward":
+        raise RecipeError(
+            f"ppo.critic_from: the reward model in {start.name} {misfit}; critic_from: policy is possible"
+        )
+    log(f"ppo: the critic starts from the policy, since the reward model {misfit}")
+    return critic_from_policy(policy.causal_lm())

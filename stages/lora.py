@@ -1,0 +1,128 @@
+"""Low-rank adapters in place of the whole weights (Hu et al. 2021, arXiv:2106.09685), through PEFT.
+
+Adapters are added to a loaded model, trained, saved as a plain PEFT directory, and merged: what is left is the plain
+transformers model, which loads without PEFT.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.errors import RecipeError, UserError
+from rlhf.model import write_folder
+from rlhf.recipe import LoraSection
+
+ALL_LINEAR = "all-linear"
+SCORE_HEAD = "score"  # of a sequence classifier: trained whole
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    settings: LoraSection,
+    key: str,
+    *,
+    kind: Literal["causal_lm", "classifier"] = "causal_lm",
+    tokens: Sequence[int] = (),
+) -> PeftModel:
+    """The model with adapters, which are all that is trained; they change nothing until then. Seed torch first.
+
+    The score head of a classifier is trained whole. `tokens` are ids whose embeddings, and rows of the output head, are
+    trained as well: what a model has never seen it can't learn through adapters alone. `key` is where the recipe has
+    `settings`; it is named in errors.
+    """
+    names = target_names(model, settings.targets, key)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        task_type="CAUSAL_LM" if kind == "causal_lm" else "SEQ_CLS",
+        modules_to_save=[SCORE_HEAD] if kind == "classifier" else None,
+        trainable_token_indices=_token_tables(model, tokens, key) if tokens else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    adapted = get_peft_model(model, config)
+    for known in adapted.peft_config.values():
+        known.base_model_name_or_path = ""  # or PEFT looks for the base's own vocabulary at every checkpoint
+    head = model.get_output_embeddings()
+    if tokens and head is not None and not hasattr(head, "bias"):
+        head.bias = None  # what PEFT wraps has none to be seen, and TRL's loss asks for it
+    return adapted
+
+
+def target_names(model: PreTrainedModel, targets: Sequence[str], key: str) -> list[str]:
+    """The last parts of the names of the modules that get an adapter; never the output head.
+
+    Raises RecipeError, which lists the names that there are, where a name is no linear layer's.
+    """
+    known = _linear_names(model)
+    if ALL_LINEAR in targets:
+        targets = [*known, *(name for name in targets if name != ALL_LINEAR)]
+    for name in targets:
+        if name not in known:
+            raise RecipeError(
+                f"{key}.targets: {type(model).__name__} has no linear layer {name!r} that an adapter can stand beside; "
+                f"there are {', '.join(known)} ({ALL_LINEAR}: all of them)"
+            )
+    return sorted(set(targets))
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    heads = {model.get_output_embeddings(), getattr(model, SCORE_HEAD, None)}
+    found = {
+        name.rpartition(".")[2]: None  # in the order of the model
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module not in heads
+    }
+    return list(found)
+
+
+def _token_tables(model: PreTrainedModel, tokens: Sequence[int], key: str) -> dict[str, list[int]]:
+    """Which rows of which tables are trained: of the embedding, and of the output head where it is a table of its own.
+
+    PEFT trains the rows of a head that shares the embedding's table with those of the embedding.
+    """
+    tables: list[Any] = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "bias", None) is not None:
+        raise UserError(
+            f"{key}: {type(model).__name__}'s output head has a bias, beside which PEFT can't train single tokens; "
+            "train all weights, or start from a base whose chat template's tokens are trained"
+        )
+    if head is not None and head.weight is not tables[0].weight:
+        tables.append(head)
+    rows = sorted(set(tokens))
+    return {name: rows for name, module in model.named_modules() if any(module is table for table in tables)}
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The plain transformers model with the adapters added to its weights; all of its weights can be trained again."""
+    plain: PreTrainedModel = model.merge_and_unload()
+    plain.requires_grad_(True)
+    return plain
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
+    """Writes a plain PEFT directory, whole or not at all: the adapters with their configuration, tokenizer and card.
+
+    Where the tokenizer has more tokens than the base, the base's embeddings must be resized before it is loaded; the
+    rows of the new tokens are in the adapter.
+    """
+    for known in model.peft_config.values():
+        known.base_model_name_or_path = model.get_base_model().name_or_path
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(directory, write, card)

@@ -1,0 +1,148 @@
+"""How a judge reads: the model that is trained or taken, its own tokenizer, and comparisons as its token ids."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.rows import Comparison
+from rlhf.errors import DataError, UserError
+from rlhf.job import Job
+from rlhf.model import check_vocabulary, load_scorer, resize_for, use_special_tokens
+from rlhf.recipe import RewardSection, TooLong
+from rlhf.runtime import derive_seed, device, log
+from rlhf.templates import Messages
+from rlhf.tokenizer import encode_chat, encode_prompt, prepare_for_chat
+from stages.common import Start, context_of, named_model
+
+Ids = np.ndarray  # int32: a list of ids takes ten times the memory
+
+
+class Judge(NamedTuple):
+    """The model of the stage, with the tokenizer that it reads with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shares_tokens: bool  # whether it reads the very ids that the reference draws
+    fresh_head: bool  # whether it was no classifier before
+    added: list[int]  # ids of tokens that its tokenizer was given here
+
+
+def chat_tokenizer(reference: Start) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that the stage stands on. Raises UserError where that is no chat model."""
+    tokenizer = reference.tokenizer()
+    if not tokenizer.chat_template or tokenizer.pad_token_id is None:
+        lacks = "pad token" if tokenizer.chat_template else "chat template"
+        raise UserError(f"{reference.name} has no {lacks}; run the stage sft first, or name a chat model as base")
+    return tokenizer
+
+
+def open_judge(job: Job, settings: RewardSection, reference: Start, shared: PreTrainedTokenizerBase) -> Judge:
+    """The judge that the recipe takes (`from`), or what one is trained from; `shared` is the reference's tokenizer.
+
+    One that lacks a pad token gets one. One that starts without a chat template gets ours; an existing judge without
+    one is refused, since it can't have been trained on conversations.
+    """
+    start = named_model(job.recipe, settings.from_ or settings.start or reference.name)
+    tokenizer = start.tokenizer()
+    torch.manual_seed(derive_seed(job.recipe.seed, "reward", "head"))
+    model = load_scorer(start.name, fresh_head=not settings.from_, heads=settings.heads, remote_code=start.remote_code)
+    check_vocabulary(model, tokenizer, start.name)
+    if settings.from_ and not tokenizer.chat_template:
+        raise UserError(f"reward.from: {start.name} has no chat template, so it can't be told how a conversation looks")
+    before = len(tokenizer)
+    if not tokenizer.chat_template:
+        log(f"reward: {start.name} has no chat template and gets ours")
+        prepare_for_chat(tokenizer, "rlhf")
+    elif tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    resize_for(model, tokenizer)
+    use_special_tokens(model, tokenizer)
+    was_classifier = any("SequenceClassification" in kind for kind in model.config.architectures or [])
+    if not settings.from_:
+        model.config.score_mean = 0.0  # what one that was a judge before has there holds no longer
+    same = tokenizer.get_vocab() == shared.get_vocab() and tokenizer.chat_template == shared.chat_template
+    return Judge(model.to(device()), tokenizer, same, not was_classifier, list(range(before, len(tokenizer))))
+
+
+class Pair(NamedTuple):
+    """A comparison with what the judge reads of it."""
+
+    comparison: Comparison
+    chosen: Ids
+    rejected: Ids
+    prompt_tokens: int  # how many of the ids are the prompt's
+
+
+class Reading:
+    """Conversations as a judge's token ids, none longer than it may read.
+
+    `counts` says what was done about longer ones: "dropped" or "truncated", in pairs.
+    """
+
+    def __init__(self, judge: Judge, settings: RewardSection) -> None:
+        self._tokenizer = judge.tokenizer
+        self.longest = min(settings.max_tokens, context_of(judge.model))
+        self._too_long = settings.too_long
+        self._known: dict[tuple[str, str], Ids] = {}
+        self._prompt_tokens: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
+
+    def know(self, prompt: Messages, response: str, ids: Sequence[int]) -> None:
+        """Has a response read as the ids that were drawn: from its text others may come, which nobody sampled."""
+        self._known.setdefault((json.dumps(prompt), response), np.asarray(ids, dtype=np.int32))
+
+    def pair(self, comparison: Comparison) -> Pair | None:
+        """A comparison as ids, None where it is too long and to be dropped.
+
+        Raises UserError where the chat template refuses it, and DataError where it is too long and that is an error.
+        """
+        prompt_tokens = self._tokens_of(comparison.prompt)
+        both = [self._ids(comparison.prompt, text) for text in (comparison.chosen, comparison.rejected)]
+        fit = self._fit(prompt_tokens, both, self._too_long)
+        if fit is None:
+            return None
+        return Pair(comparison, fit[0], fit[1], prompt_tokens - (len(both[0]) - len(fit[0])))
+
+    def conversation(self, prompt: Messages, response: str, ids: Sequence[int] | None) -> Ids | None:
+        """A conversation as ids, those that were drawn where they are given; None where it is too long and not to be
+        truncated.
+        """
+        drawn = self._ids(prompt, response) if ids is None else np.asarray(ids, dtype=np.int32)
+        too_long: TooLong = "truncate" if self._too_long == "truncate" else "drop"
+        fit = self._fit(self._tokens_of(prompt), [drawn], too_long)
+        return fit[0] if fit else None
+
+    def _tokens_of(self, prompt: Messages) -> int:
+        key = json.dumps(prompt)
+        if key not in self._prompt_tokens:
+            self._prompt_tokens[key] = len(encode_prompt(self._tokenizer, prompt))
+        return self._prompt_tokens[key]
+
+    def _ids(self, prompt: Messages, response: str) -> Ids:
+        key = (json.dumps(prompt), response)
+        if key not in self._known:
+            messages = [*prompt, {"role": "assistant", "content": response}]
+            self._known[key] = np.asarray(encode_chat(self._tokenizer, messages).ids, dtype=np.int32)
+        return self._known[key]
+
+    def _fit(self, prompt_tokens: int, rows: list[Ids], too_long: TooLong) -> list[Ids] | None:
+        """Conversations with one prompt, cut by the same number of the prompt's oldest tokens where one is too long."""
+        longest = max(map(len, rows))
+        over = longest - self.longest
+        if over <= 0:
+            return rows
+        if too_long == "error":
+            raise DataError(
+                f"prompt and response have {longest} tokens, more than the {self.longest} that the judge may read "
+                "(reward.max_tokens and its context; reward.too_long: drop or truncate)"
+            )
+        if too_long == "drop" or over > prompt_tokens:
+            self.counts["dropped"] += 1
+            return None
+        self.counts["truncated"] += 1
+        return [row[over:] for row in rows]
