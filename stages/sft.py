@@ -360,7 +360,7 @@ def _facts(
 
 # Measuring
 
-LOGITS = 2**26  # how many are held at a time
+LOGITS = 2**25  # how many are held at a time
 
 
 def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:
@@ -388,10 +388,11 @@ def _nats_and_counts(model: PreTrainedModel | PeftModel, chats: list[EncodedChat
             length = len(chats[row].ids)
             ids[place, :length], mask[place, :length] = torch.tensor(chats[row].ids), torch.tensor(chats[row].trained)
         ids, counted = ids.to(model.device), mask[:, 1:].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-        nats = torch.where(counted, -logprobs, 0.0).double().sum(1).tolist()
-        for row, value, count in zip(rows, nats, counted.sum(1).tolist(), strict=True):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1][counted].float()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:][counted].unsqueeze(-1)).squeeze(-1)
+        nats = torch.zeros(counted.shape, dtype=torch.float64, device=model.device)
+        nats[counted] = -logprobs.double()
+        for row, value, count in zip(rows, nats.sum(1).tolist(), counted.sum(1).tolist(), strict=True):
             found[row] = (value, count)
     return found
 

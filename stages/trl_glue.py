@@ -217,11 +217,9 @@ def run_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(loop)
     with saver.training(), loop.writing:
-        if not (found and progress.stopped):
-            _train(trainer, found)
+        taken = found.step if found and progress.stopped else _train(trainer, found)
         if loop.stopped_at is not None:
             raise saver.interrupted(loop.stopped_at)
-        taken = found.step if found and progress.stopped else trainer.state.global_step
         if taken != steps and not progress.stopped:
             raise _not_ours(found, f"the trainer ended at step {taken} of {steps}")
         if validator:
@@ -232,11 +230,13 @@ def run_trainer(
     return Training(seconds, taken, progress.first, progress.kept, best_step, taken < steps)
 
 
-def _train(trainer: Trainer, found: Checkpoint | None) -> None:
+def _train(trainer: Trainer, found: Checkpoint | None) -> int:
+    """Returns the step at which it ended."""
     try:
         trainer.train(resume_from_checkpoint=str(trainer_part(found)) if found else None)
     except pickle.UnpicklingError as error:
         raise _not_ours(found, str(error).splitlines()[0]) from None
+    return trainer.state.global_step
 
 
 def _take_off_wrappers(model: nn.Module) -> None:
@@ -305,23 +305,6 @@ class TrainerLoop(TrainerCallback):
         if self._validator and self._validator.due(step):
             self._metrics.log(step=step, **self._validator.measure(step))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Measures, has the trainer write a checkpoint into a folder of ours, and stops, each where it is time to."""
-        step = state.global_step
-        self._validate(step)
-        done = self._progress.stopped or step == self._steps
-        save, stop = self._saver.decide(step, last=done)
-        if save:
-            self._folder = self.writing.enter_context(self._saver.writing(step, model))
-            args.output_dir = str(self._folder)
-            control.should_save = True
-        if stop or done:
-            control.should_training_stop = True
-        if stop:
-            self.stopped_at = step
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seals what the trainer wrote."""
         assert self._folder is not None
@@ -337,25 +320,47 @@ class TrainerLoop(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
+        model: Any = None,
         **_: Any,
     ) -> None:
-        """Takes in the figures of one step; writes a line where one is due, shows what matters."""
+        """What comes after a step: its figures, and where it is time to, a validation, a checkpoint, the end."""
         state.log_history.clear()  # ours is in metrics.jsonl; theirs would grow in every checkpoint
         values = {ours: float(logs[theirs]) for theirs, ours in self._figures.items() if logs and theirs in logs}
         if "loss" not in values:  # what the trainer says at its end
             return
+        step = state.global_step
+        self._take_in(step, values)
+        self._validate(step)
+        done = self._progress.stopped or step == self._steps
+        if done:
+            self._write_line(step)
+        save, stop = self._saver.decide(step, last=done)
+        if save:
+            self._folder = self.writing.enter_context(self._saver.writing(step, model))
+            args.output_dir = str(self._folder)
+            control.should_save = True
+        if stop or done:
+            control.should_training_stop = True
+        if stop:
+            self.stopped_at = step
+
+    def _take_in(self, step: int, values: dict[str, float]) -> None:
+        """Keeps the figures of one step; writes a line where one is due."""
         if not math.isfinite(values["loss"]):
-            raise StageFailed(
-                f"{self._what}: the loss is {values['loss']} at step {state.global_step}; try a smaller learning_rate"
-            )
+            raise StageFailed(f"{self._what}: the loss is {values['loss']} at step {step}; try a smaller learning_rate")
+        self._progress.window.append(values)
+        if step % self._log_every == 0 or step == self._steps:
+            self._write_line(step)
+
+    def _write_line(self, step: int) -> None:
+        """Logs and shows the means of the steps since the last line, if there are any."""
         window = self._progress.window
-        window.append(values)
-        if state.global_step % self._log_every and state.global_step != self._steps and not self._progress.stopped:
+        if not window:
             return
         means = {
-            name: value if name in self.LAST else sum(step[name] for step in window) / len(window)
-            for name, value in values.items()
+            name: value if name in self.LAST else sum(values[name] for values in window) / len(window)
+            for name, value in window[-1].items()
         }
         window.clear()
-        self._metrics.log(step=state.global_step, **means)
-        self._bar.show(state.global_step, **means)
+        self._metrics.log(step=step, **means)
+        self._bar.show(step, **means)

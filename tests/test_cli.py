@@ -27,7 +27,7 @@ def test_version_and_help() -> None:
     assert rlhf("--version").stdout == f"rlhf {package.__version__}\n"
     shown = rlhf("--help")
     assert shown.returncode == 0
-    for command in ("run", "recipes", "evaluate", "status", "chat"):
+    for command in ("run", "recipes", "evaluate", "status", "chat", "label", "schema"):
         assert command in shown.stdout
         assert rlhf(command, "--help").returncode == 0
 

@@ -175,10 +175,10 @@ def draw_once(
     name: str,
     key: str,
     purpose: tuple[str, ...],
+    at_most: int | None = None,
 ) -> list[Drawn]:
-    """`each` responses of a model to every prompt that leaves room for them, drawn once and kept as STAGE/`name`.
-
-    `key` is the recipe's, for messages; the draws depend on `purpose`.
+    """`each` responses of a model to every prompt, or the first `at_most`, that leaves room for them: drawn once, kept
+    as STAGE/`name`. `key` is the recipe's, for messages; the draws depend on `purpose`.
     """
 
     def draw(folder: Path) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def draw_once(
         model = start.causal_lm().to(device())
         encoded = [(place, encode_prompt(tokenizer, prompt)) for place, prompt in enumerate(prompts)]
         fit = fitting(encoded, lambda prompt: len(prompt[1]), model, sampling.max_tokens, key)
-        asked = [prompt for prompt in fit for _ in range(each)]
+        asked = [prompt for prompt in fit[:at_most] for _ in range(each)]
         seed = derive_seed(job.recipe.seed, "reward", *purpose)
         what = f"reward: sampling {purpose[0]}"
         responses = sample_responses(job, model, tokenizer, [ids for _, ids in asked], sampling, seed, what)

@@ -27,6 +27,7 @@ from stages.reward.collect import Collected, Sampled, draw_once, reference_sampl
 from stages.reward.reading import Ids, Judge, Pair, Reading
 
 LEAST_DEVIATION = 1e-6
+SPARE = 4  # times as many prompts as are wanted are looked at: some may be too long
 
 
 class Normalised(NamedTuple):
@@ -71,9 +72,10 @@ def reference_rows(
         responses = collected.responses
     else:
         prompts = shuffled(_prompts(job, train, test), derive_seed(job.recipe.seed, "reward", "reference"))
-        prompts = prompts[: settings.normalisation_prompts]
+        most = settings.normalisation_prompts
+        prompts = prompts[: SPARE * most]
         purpose = ("the reference", "draws")
-        drawn = draw_once(job, reference, prompts, 1, way, "responses-reference", "reward.sampling", purpose)
+        drawn = draw_once(job, reference, prompts, 1, way, "responses-reference", "reward.sampling", purpose, most)
         responses = [Sampled(prompts[row.place], row.text, row.ids) for row in drawn]
     rows = [reading.conversation(r.prompt, r.text, r.ids if judge.shares_tokens else None) for r in responses]
     fit = [row for row in rows if row is not None]
