@@ -182,11 +182,11 @@ def _environment(recipe: Recipe, rank: int, processes: int, meeting: Path) -> di
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**36),
         "MALLOC_TOP_PAD_": str(2**27),
+        "GOMP_SPINCOUNT": "3000",
         **os.environ,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "20000",
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
     }

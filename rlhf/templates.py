@@ -91,7 +91,8 @@ def lay_out(
     UserError where that can't be told, where it leaves out EOS, or where the template leaves out or alters contents.
     """
     shape = tuple((message["role"], _open_or_blank(message["content"])) for message in messages)
-    skeleton = _skeleton(template, json.dumps(named), special, shape, add_generation_prompt)
+    skeleton_of = _skeleton.__wrapped__ if "strftime_now" in template else _skeleton  # that one is another every day
+    skeleton = skeleton_of(template, json.dumps(named), special, shape, add_generation_prompt)
     if skeleton.fault and not add_generation_prompt:
         raise UserError(skeleton.fault)
     whole, _ = _render(template, named, messages, add_generation_prompt)

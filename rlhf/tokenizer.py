@@ -320,6 +320,8 @@ def prepare_for_chat(
     `end_token` is what ends the assistant's turn; without it, that of a template with a name, or the EOS that is there.
     Raises UserError where the end token is no token, or ordinary text.
     """
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     before, separator = len(tokenizer), tokenizer.eos_token
     known = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     given = replace or not tokenizer.chat_template

@@ -367,7 +367,10 @@ def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[
     """Nats per trained token over all these conversations, which the ranks share: sums first, one division."""
     found = team.share(chats, partial(_nats_and_counts, model))
     if not all(math.isfinite(nats) for nats, _ in found):
-        raise StageFailed("sft: the validation loss is not a number; try a smaller learning_rate")
+        raise StageFailed(
+            "sft: the validation loss is not a number: before the first step, the base's weights are broken; later, a "
+            "smaller learning_rate may help"
+        )
     return ratio_estimate([nats for nats, _ in found], [count for _, count in found]).as_keys(
         "validation_nats_per_token"
     )

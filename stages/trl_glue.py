@@ -125,6 +125,7 @@ class Validator:
     def __init__(self, what: str, validation: Validation, steps: int, progress: Progress, model: nn.Module) -> None:
         self._what, self._validation, self._steps, self._progress = what, validation, steps, progress
         self._model = model
+        self.key = validation.key
         self._best: dict[str, Tensor] = {}  # copies of what is trained, where early stopping may go back to them
 
     def due(self, step: int) -> bool:
@@ -153,8 +154,8 @@ class Validator:
 
     def _compare(self, step: int, figures: dict[str, Any], stopping: EarlyStoppingSection) -> None:
         """Keeps the weights if no loss was lower; a loss that gains too little doesn't put off the end."""
-        progress, loss = self._progress, float(figures[self._validation.key])
-        if step == 0 or loss < progress.kept[self._validation.key]:
+        progress, loss = self._progress, float(figures[self.key])
+        if step == 0 or loss < progress.kept[self.key]:
             progress.kept, progress.best_step = figures, step
             self._best = {name: weights.detach().to("cpu", copy=True) for name, weights in self._trained().items()}
         if step == 0 or loss < progress.to_beat - stopping.min_gain:
@@ -183,10 +184,10 @@ class Validator:
             return
         for name, weights in self._trained().items():
             weights.copy_(self._best[name])
-        best = self._progress.kept[self._validation.key]
+        best = self._progress.kept[self.key]
         log(
             f"{self._what}: the weights of step {self._progress.best_step} are kept, with the lowest "
-            f"{self._validation.key.replace('_', ' ')}: {best:.4f}"
+            f"{self.key.replace('_', ' ')}: {best:.4f}"
             + ("; training never improved on its start" if self._progress.best_step == 0 else "")
         )
 
@@ -290,6 +291,7 @@ class TrainerLoop(TrainerCallback):
         self.writing = ExitStack()  # what is half written when the trainer fails is thrown away
         self._folder: Path | None = None
         self.stopped_at: int | None = None
+        self._measured: dict[str, float] = {}  # the validation's figure that is shown
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the bar, and measures what is there before the first step."""
@@ -303,7 +305,9 @@ class TrainerLoop(TrainerCallback):
 
     def _validate(self, step: int) -> None:
         if self._validator and self._validator.due(step):
-            self._metrics.log(step=step, **self._validator.measure(step))
+            figures = self._validator.measure(step)
+            self._metrics.log(step=step, **figures)
+            self._measured = {self._validator.key: figures[self._validator.key]}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seals what the trainer wrote."""
@@ -363,4 +367,4 @@ class TrainerLoop(TrainerCallback):
         }
         window.clear()
         self._metrics.log(step=step, **means)
-        self._bar.show(step, **means)
+        self._bar.show(step, **means, **self._measured)

@@ -582,12 +582,15 @@ def test_a_reward_model_that_reads_less_than_the_policy_is_no_critic(finished_ch
     assert isinstance(chain.judge().parts[0].judge, ClassifierJudge)
 
 
-def test_nothing_is_loaded_that_no_judge_needs(finished_chain: Path, tmp_path: Path) -> None:
+def test_nothing_is_loaded_that_no_judge_needs(
+    finished_chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "rules.py").write_text("def none(asked):\n    return [0 for _ in asked]\n")
     chain = ready(finished_chain, tmp_path, "ppo.judge=[{python: 'rules.py:none'}]", f"data.root={tmp_path}")
     shutil.rmtree(chain.run.stage("reward").path)
     assert chain.judge().scores(conversations(TEXTS)).values == [0.0] * 4
     assert not chain.critic().head.weight.any()
+    assert "the critic starts from the policy, since no reward model is part of the score" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

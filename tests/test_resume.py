@@ -24,7 +24,7 @@ from rlhf.runtime import MetricsLog
 from tests.conftest import ROOT, TINY_RECIPE, rlhf
 
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
-TIMINGS = {"time", "tokens_per_second", "episodes_per_second", "rollout_seconds"}
+TIMINGS = {"time", "tokens_per_second", "pairs_per_second", "episodes_per_second", "rollout_seconds"}
 VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
 OFTEN = {"pretrain": 4, "sft": 10, "reward": 3, "ppo": 1}  # steps between checkpoints
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
+from rlhf.templates import _skeleton
 from rlhf.tokenizer import (
     EncodedChat,
     Messages,
@@ -426,6 +427,21 @@ def test_a_template_of_ones_own(tokenizer: PreTrainedTokenizerBase) -> None:
     assert given.added == []
     assert base.convert_ids_to_tokens(given.untrained) == ["<|user|>", "<|end|>"]
     assert trained_runs(base, encode_chat(base, DIALOGUE)) == ["4\n<|end|>", "\n 四。 <|end|>"]
+
+
+def test_of_several_templates_the_default_one_is_taken(tokenizer: PreTrainedTokenizerBase) -> None:
+    base = styled(tokenizer, STYLES["chatml"])
+    base.chat_template = {"default": CHATML, "tools": "{{ tools }}"}
+    assert prepare_for_chat(base, "rlhf") == ([], [])
+    assert trained_runs(base, encode_chat(base, DIALOGUE)) == STYLES["chatml"].trained
+
+
+def test_a_template_that_tells_the_day_is_read_anew_each_time(tokenizer: PreTrainedTokenizerBase) -> None:
+    base = with_template(tokenizer, "{{ strftime_now('%S.%f') | length }} " + CHATML)
+    assert trained_runs(base, encode_chat(base, DIALOGUE)) == STYLES["chatml"].trained
+    kept = _skeleton.cache_info().currsize
+    encode_chat(base, DIALOGUE)
+    assert _skeleton.cache_info().currsize == kept
 
 
 def test_what_begins_documents_stays_when_another_token_becomes_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -128,7 +128,7 @@ def _shares(figures: dict[str, Any]) -> dict[str, Estimate]:
         found |= {f"judge, {source}": _estimate(values, "accuracy") for source, values in by_source}
     found["longer wins"] = _estimate(figures, "length_baseline_accuracy")
     for name, values in figures.get("surface_features", {}).items():
-        found[f"{values['preferred']} {name.replace('_', ' ')}"] = _estimate(values, "accuracy")
+        found[f"{name.replace('_', ' ')}: {values['preferred']}"] = _estimate(values, "accuracy")
     return _known(found)
 
 
