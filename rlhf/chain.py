@@ -236,6 +236,7 @@ def run_chain(
                 raise
             run.write_summary()
             check_gate(recipe, stage, run)
+        run.write_summary()  # of a run that was killed at its very end
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
     elif len(wanted) > 1:
@@ -259,8 +260,12 @@ class Plan(NamedTuple):
 
 
 def take_back(plan: Plan) -> None:
-    """Undoes the beginning of a stage whose input was refused before it had done anything: the old one is back."""
-    if not plan.begins or any(plan.directory.path.glob("checkpoints/step-*")):
+    """Undoes the beginning of a stage whose input was refused before it had trained: the old one is back.
+
+    Where there was no old one, what it made once (responses that were drawn) is kept for the next time.
+    """
+    made = "checkpoints/step-*" if plan.aside else "*/step-*"
+    if not plan.begins or any(plan.directory.path.glob(made)):
         return
     shutil.rmtree(plan.directory.path)
     if plan.aside:

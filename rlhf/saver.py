@@ -102,7 +102,8 @@ class Saver:
     def writing(self, step: int, weights: nn.Module) -> Iterator[Path]:
         """A folder that is a checkpoint once what was written in it is whole, on every rank."""
         self._team.check_same(f"the weights after step {step}", fingerprint(weights) if self._team.size > 1 else 0.0)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in weights.parameters())
+        trained = (parameter for parameter in weights.parameters() if parameter.requires_grad)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         folder = self._team.from_main(lambda: self._store.begin(step, expected=3 * size))  # Adam has two moments
         try:
             save_tree(random_state(), folder, f"random-{self._team.rank}")
