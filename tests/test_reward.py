@@ -36,7 +36,7 @@ from stages import reward
 from stages.common import starting_model
 from stages.reward import collect, labellers
 from stages.reward.normalise import score_layer
-from stages.reward.reading import Judge, Pair, Reading
+from stages.reward.reading import Judge, Pair, Reading, open_judge
 from stages.reward.train import PairBatches, PairTrainer, evenly, pair_order
 from tests.conftest import TINY_RECIPE, rlhf
 
@@ -517,9 +517,12 @@ def test_low_rank_adapters_are_saved_and_merged(chat_model: Path, tiny_llama: Pr
     assert torch.equal(trained["model.norm.weight"], before["model.norm.weight"])
 
 
-def test_a_judge_may_start_from_a_model_with_other_tokens(chat_model: Path, other_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_judge_may_start_from_a_model_with_other_tokens(
+    chat_model: Path, other_model: Path, tmp_path: Path, lora: Any
+) -> None:
     """Everything is read from text then; it gets the chat template and the pad token that it lacks."""
-    section = {"collect": COLLECT, "start": str(other_model), "max_tokens": 128}
+    section = {"collect": COLLECT, "start": str(other_model), "max_tokens": 128, "lora": lora}
     summary = run_stage(chat_model, tmp_path, section)
     assert summary["reference_score_variance"] == pytest.approx(1.0, abs=1e-5)
     tokenizer = load_tokenizer(stage_folder(tmp_path) / "model")
@@ -537,6 +540,20 @@ def test_a_judge_may_start_from_a_model_with_other_tokens(chat_model: Path, othe
             scores.append(model(torch.tensor([encode_chat(tokenizer, messages).ids])).logits.item())
     assert fmean(scores) == pytest.approx(model.config.score_mean, abs=1e-4)
     assert pstdev(scores) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_pad_token_that_ends_responses_is_replaced(chat_model: Path, tmp_path: Path) -> None:
+    """The score would be read before the end token; the ids that were drawn stay as they are."""
+    base = shutil.copytree(chat_model, tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    job = job_of(make_recipe(base, tmp_path, {"collect": COLLECT}), tmp_path)
+    assert job.recipe.reward
+    reference = starting_model(job.recipe, job.run, "reward")
+    judge = open_judge(job, job.recipe.reward, reference, reference.tokenizer())
+    assert judge.shares_tokens
+    assert judge.tokenizer.pad_token_id == judge.model.config.pad_token_id != judge.tokenizer.eos_token_id
 
 
 def test_an_existing_judge_with_other_tokens_is_measured_by_its_own(

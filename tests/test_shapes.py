@@ -414,7 +414,6 @@ def test_an_array_that_cannot_be_read_is_named(
         ("conversations", {"text": MARKUP}, "chatml"),
         ("texts", {"instruction": "u", "output": "a"}, "alpaca"),
         ("prompts", {"instruction": "u"}, "alpaca"),
-        ("prompts", {"messages": [USER, ANSWER]}, "chatml"),
         ("comparisons", {"instruction": "u", "chosen": "a", "rejected": "b"}, "alpaca"),
         ("comparisons", {"conversations": [human("u")], "chosen": gpt("a"), "rejected": gpt("b")}, "sharegpt"),
     ],

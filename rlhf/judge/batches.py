@@ -29,7 +29,7 @@ def batched_logits(model: PreTrainedModel, rows: Sequence[Row], budget: int = TO
     found: list[list[float]] = [[] for _ in rows]
     config = model.config.get_text_config()
     own = getattr(config, "pad_token_id", None)
-    known = own is not None and 0 <= own < model.get_input_embeddings().num_embeddings
+    known = own is not None and 0 <= own < config.vocab_size
     try:
         for batch in _batches([len(row.ids) for row in rows], budget):
             read = [rows[index] for index in batch]

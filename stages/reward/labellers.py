@@ -217,7 +217,7 @@ def _read_labels(
                 if split not in ("train", "test"):
                     raise Malformed(f"`split` is {split!r}, and must be train or test")
             except Malformed as fault:
-                faults.bad(row.path, row.line, str(fault))
+                faults.bad(row.path, row.line, str(fault), row.unit)
                 continue
             if split in found:
                 found[split] += comparisons

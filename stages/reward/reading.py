@@ -16,7 +16,7 @@ from rlhf.model import check_vocabulary, load_scorer, resize_for, use_special_to
 from rlhf.recipe import RewardSection, TooLong
 from rlhf.runtime import derive_seed, device, log
 from rlhf.templates import Messages
-from rlhf.tokenizer import encode_chat, encode_prompt, prepare_for_chat
+from rlhf.tokenizer import PAD, encode_chat, encode_prompt, prepare_for_chat
 from stages.common import Start, context_of, named_model
 
 Ids = np.ndarray  # int32: a list of ids takes ten times the memory
@@ -29,7 +29,7 @@ class Judge(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     shares_tokens: bool  # whether it reads the very ids that the reference draws
     fresh_head: bool  # whether it was no classifier before
-    added: list[int]  # ids of tokens that its tokenizer was given here
+    untrained: list[int]  # ids of tokens that its tokenizer was given here, and that it has never seen
 
 
 def chat_tokenizer(reference: Start) -> PreTrainedTokenizerBase:
@@ -44,29 +44,29 @@ def chat_tokenizer(reference: Start) -> PreTrainedTokenizerBase:
 def open_judge(job: Job, settings: RewardSection, reference: Start, shared: PreTrainedTokenizerBase) -> Judge:
     """The judge that the recipe takes (`from`), or what one is trained from; `shared` is the reference's tokenizer.
 
-    One that lacks a pad token gets one. One that starts without a chat template gets ours; an existing judge without
-    one is refused, since it can't have been trained on conversations.
+    What is trained gets a chat template if it has none, and a pad token that isn't the end token: at a pad, no score is
+    read. An existing judge is read as it was trained; one without chat template is refused.
     """
     start = named_model(job.recipe, settings.from_ or settings.start or reference.name)
     tokenizer = start.tokenizer()
     torch.manual_seed(derive_seed(job.recipe.seed, "reward", "head"))
     model = load_scorer(start.name, fresh_head=not settings.from_, heads=settings.heads, remote_code=start.remote_code)
     check_vocabulary(model, tokenizer, start.name)
-    if settings.from_ and not tokenizer.chat_template:
+    same = tokenizer.get_vocab() == shared.get_vocab() and tokenizer.chat_template == shared.chat_template
+    untrained: list[int] = []
+    if not settings.from_:
+        if not tokenizer.chat_template:
+            log(f"reward: {start.name} has no chat template and gets ours")
+        untrained = prepare_for_chat(tokenizer, "rlhf").untrained
+        model.config.score_mean = 0.0  # what one that was a judge before has there holds no longer
+    elif not tokenizer.chat_template:
         raise UserError(f"reward.from: {start.name} has no chat template, so it can't be told how a conversation looks")
-    before = len(tokenizer)
-    if not tokenizer.chat_template:
-        log(f"reward: {start.name} has no chat template and gets ours")
-        prepare_for_chat(tokenizer, "rlhf")
     elif tokenizer.pad_token_id is None:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.add_special_tokens({"pad_token": PAD})
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
     was_classifier = any("SequenceClassification" in kind for kind in model.config.architectures or [])
-    if not settings.from_:
-        model.config.score_mean = 0.0  # what one that was a judge before has there holds no longer
-    same = tokenizer.get_vocab() == shared.get_vocab() and tokenizer.chat_template == shared.chat_template
-    return Judge(model.to(device()), tokenizer, same, not was_classifier, list(range(before, len(tokenizer))))
+    return Judge(model.to(device()), tokenizer, same, not was_classifier, untrained)
 
 
 class Pair(NamedTuple):

@@ -103,7 +103,7 @@ def _ready(job: Job, settings: RewardSection, judge: Judge) -> tuple[PreTrainedM
     if settings.lora is None:
         return model, lambda: None
     torch.manual_seed(derive_seed(job.recipe.seed, "reward", "adapters"))
-    adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier", tokens=judge.added)
+    adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier", tokens=judge.untrained)
 
     @torch.no_grad()
     def restore() -> None:
