@@ -426,6 +426,12 @@ def test_kill_9_after_any_answer_loses_nothing(
 CONTROLS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
+def _environment() -> dict[str, str]:
+    """Without a size for the window: the terminal is to be asked."""
+    named = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return {**named, "PYTHONPATH": str(ROOT)}
+
+
 class Terminal:
     """`rlhf label` in a child process that sits at a terminal of 80 columns and 24 rows."""
 
@@ -437,7 +443,7 @@ class Terminal:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rlhf", "label", "run", "--name", "ann", *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
+            env={**_environment(), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
             stdin=self._slave,
             stdout=self._slave,
             stderr=self._slave,

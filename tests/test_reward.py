@@ -30,14 +30,15 @@ from rlhf.job import Job
 from rlhf.recipe import Recipe, RewardSection, dump_recipe, load_recipe, parse_recipe
 from rlhf.rundir import RunDir, digest_folder
 from rlhf.runtime import quiet_libraries
+from rlhf.team import Team
 from rlhf.tinyworld.dialogues import split_of_prompt
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer, token_info, train_bpe
 from stages import reward
 from stages.common import starting_model
 from stages.reward import collect, labellers
-from stages.reward.normalise import score_layer
-from stages.reward.reading import Judge, Pair, Reading, open_judge
-from stages.reward.train import PairBatches, PairTrainer, evenly, pair_order
+from stages.reward.normalise import normalise_score, score_layer
+from stages.reward.reading import Judge, Pair, Reading, evenly, open_judge
+from stages.reward.train import PairBatches, PairTrainer, pair_order
 from tests.conftest import TINY_RECIPE, rlhf
 
 SAMPLING = {"max_tokens": 8}
@@ -599,6 +600,14 @@ def test_a_judge_that_says_nothing_is_an_error(chat_model: Path, tmp_path: Path)
     load_tokenizer(chat_model).save_pretrained(tmp_path / "mute")
     with pytest.raises(UserError, match="gives every response the same score"):
         run_stage(chat_model, tmp_path, {"from": str(tmp_path / "mute"), **preferences(tmp_path), "train": []})
+
+
+def test_a_normalisation_that_did_not_take_is_an_error(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(chat_model, num_labels=1)
+    rows = [np.arange(5, 8 + n, dtype=np.int32) for n in range(6)]
+    monkeypatch.setattr("stages.reward.normalise.score_layer", lambda _: torch.nn.Linear(1, 1))
+    with pytest.raises(StageFailed, match="after the normalisation a score is off by"):
+        normalise_score(Team(), model, rows)
 
 
 def test_how_the_reference_answers_is_asked_before_anything_is_done(chat_model: Path, tmp_path: Path) -> None:

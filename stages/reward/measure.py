@@ -11,8 +11,7 @@ from rlhf.job import Job
 from rlhf.judge import score_means
 from rlhf.team import Team
 from stages.reward.normalise import score_rows
-from stages.reward.reading import Ids, Pair
-from stages.reward.train import evenly
+from stages.reward.reading import Ids, Pair, evenly
 
 FEATURE_PAIRS = 2000  # of training: enough to tell whether more or less of something is preferred
 MOST_SOURCES = 20  # in the picture; the summary has them all

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlhf.data.sources import shuffled
-from rlhf.errors import DataError, RecipeError, UserError
+from rlhf.errors import DataError, RecipeError, StageFailed, UserError
 from rlhf.job import Job
 from rlhf.judge import head_scores
 from rlhf.model import score_heads
@@ -24,9 +24,10 @@ from rlhf.team import Team
 from rlhf.templates import Messages
 from stages.common import Start, open_data, report_faults
 from stages.reward.collect import Collected, Sampled, draw_once, reference_sampling, split_prompts
-from stages.reward.reading import Ids, Judge, Pair, Reading
+from stages.reward.reading import Ids, Judge, Pair, Reading, evenly
 
 LEAST_DEVIATION = 1e-6
+CHECKED_ROWS, LARGEST_ERROR = 512, 0.01  # in units of score
 SPARE = 4  # times as many prompts as are wanted are looked at: some may be too long
 
 
@@ -114,7 +115,8 @@ def _prompts(job: Job, train: Sequence[Pair], test: Sequence[Pair]) -> list[Mess
 def normalise_score(team: Team, model: Any, rows: Sequence[Ids]) -> Normalised:
     """Gives the score mean 0 and variance 1 on these rows, each head the mean 0; in place.
 
-    All heads are scaled alike: what they say differs in size too. Raises UserError where the score doesn't vary.
+    All heads are scaled alike: what they say differs in size too. Some rows are scored again afterwards. Raises
+    UserError where the score doesn't vary, and StageFailed where it isn't what it should be now.
     """
     before = score_rows(team, model, rows)
     deviation = pstdev(fmean(scores) for scores in before)
@@ -125,13 +127,18 @@ def normalise_score(team: Team, model: Any, rows: Sequence[Ids]) -> Normalised:
         parameter.div_(deviation)
     means = [fmean(column) / deviation for column in zip(*before, strict=True)]
     model.config.score_mean = means if len(means) > 1 else means[0]
-    after = [fmean(scores) - fmean(means) for scores in score_rows(team, model, rows)]
+    expected = [fmean(scores) / deviation - fmean(means) for scores in before]
+    places = evenly(range(len(rows)), CHECKED_ROWS)
+    found = [fmean(scores) - fmean(means) for scores in score_rows(team, model, [rows[place] for place in places])]
+    off = max(abs(score - expected[place]) for place, score in zip(places, found, strict=True))
+    if not off < LARGEST_ERROR:
+        raise StageFailed(f"reward: after the normalisation a score is off by {off:.3g}; is {layer} all of the head?")
     return Normalised(
         deviation,
         {
             "reference_responses": len(rows),
-            "reference_score_mean": round(fmean(after), 6),
-            "reference_score_variance": round(pstdev(after) ** 2, 6),
+            "reference_score_mean": round(fmean(expected), 6),
+            "reference_score_variance": round(pstdev(expected) ** 2, 6),
         },
     )
 

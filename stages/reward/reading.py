@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,3 +146,10 @@ class Reading:
             return None
         self.counts["truncated"] += 1
         return [row[over:] for row in rows]
+
+
+def evenly(items: Sequence[Any], n: int) -> list[Any]:
+    """At most n of the items, evenly spaced over all."""
+    if len(items) <= n:
+        return list(items)
+    return [items[place * len(items) // n] for place in range(n)]

@@ -24,7 +24,7 @@ from rlhf.runtime import derive_seed, log
 from stages.common import training_order
 from stages.lora import add_adapters, trained_parameters
 from stages.reward.normalise import score_layer, score_rows
-from stages.reward.reading import Ids, Judge, Pair
+from stages.reward.reading import Ids, Judge, Pair, evenly
 from stages.trl_glue import Validation, run_trainer, trainer_arguments
 
 VALIDATION_PAIRS = 256
@@ -237,10 +237,3 @@ def _validation(job: Job, model: Any, test: Sequence[Pair]) -> Callable[[], dict
         return {"validation_loss": float(losses.mean()), "validation_accuracy": float(right.mean())}
 
     return measure
-
-
-def evenly(items: Sequence[Any], n: int) -> list[Any]:
-    """At most n of the items, evenly spaced over all."""
-    if len(items) <= n:
-        return list(items)
-    return [items[place * len(items) // n] for place in range(n)]
