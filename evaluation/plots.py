@@ -1,4 +1,7 @@
-"""What a judge knows about itself, as pictures. Each function writes one PNG; none needs a display."""
+"""What a judge knows about itself, and how far optimising against it leads, as pictures.
+
+Each function writes one PNG; none needs a display.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,6 +82,23 @@ def plot_differences(path: Path, differences: Sequence[float], title: str) -> No
     place.set(xlabel="score of the chosen less that of the rejected response", ylabel="comparisons")
     place.legend()
     _title(place, title)
+    figure.savefig(path)
+
+
+def plot_course(path: Path, courses: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
+    """Curves over the square root of KL: one panel for each unit ("score", "gold"), in it each named way of optimising
+    as points (KL in nats, value) in order."""
+    figure = Figure(figsize=(4.5 * len(courses), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(courses), squeeze=False)[0]
+    for place, (unit, ways) in zip(panels, courses.items(), strict=True):
+        for number, (name, points) in enumerate(ways.items()):
+            style = ("o-", "s--", "^:", "D-.")[number % 4]
+            roots = [max(kl, 0.0) ** 0.5 for kl, _ in points]
+            place.plot(roots, [value for _, value in points], style, label=_shown(name), markersize=4)
+        place.set(xlabel="square root of KL to the reference, nats per response", ylabel=unit)
+        place.grid(alpha=0.3)
+        place.legend()
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path)
 
 

@@ -31,6 +31,7 @@ from rlhf.recipe import (
     Source,
     StageName,
     externals,
+    fields_at_default,
     microbatches,
     result_fields,
     upstream,
@@ -128,7 +129,9 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
         if run.stage(name).summary() is None:
             return State("stale", f"the stage {name} that it stands on is gone")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
-    changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    # what an older version didn't know, and is as if nobody had asked for it, is as it was then
+    new = {f"{stage}.{key}" for key in fields_at_default(getattr(recipe, stage))} - set(was) if was else set()
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in new]
     if was.get("data.on_bad_row") == "error" and now.get("data.on_bad_row") == "skip" and "data.on_bad_row" in changed:
         changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip
     if directory.summary() is None and "labels" in changed:
@@ -317,7 +320,7 @@ def _other_versions(directory: StageDir) -> str:
 def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) -> None:
     """Checks what can be checked before the first stage runs: files that are read, and the arithmetic of batches."""
     for stage in wanted:
-        if stage in TRAINING and not (stage == "reward" and recipe.reward and recipe.reward.from_):
+        if stage in TRAINING and stage != "ppo" and not (stage == "reward" and recipe.reward and recipe.reward.from_):
             microbatches(recipe, stage, processes)
         for source in sources_in(getattr(recipe, stage)):
             source_files(source, Path(recipe.data.root))

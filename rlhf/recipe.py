@@ -158,6 +158,18 @@ class Sampling(Section):
 
     max_tokens: int = Field(ge=1, le=2**20, description="longest response in tokens, its end token included")
     temperature: float = Field(1.0, ge=0.01, le=100, description="divides the logits")
+    top_k: int = Field(0, ge=0, description="only so many most likely tokens are drawn; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="only the most likely tokens that together reach this are drawn")
+    min_tokens: int = Field(1, ge=1, description="a response can't end before it has so many tokens, the end included")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="texts that end a response, as the end token does"
+    )
+
+    @model_validator(mode="after")
+    def _least_below_most(self) -> Sampling:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        return self
 
 
 class LoraSection(Section):
@@ -358,40 +370,144 @@ class JudgeSection(Section):
 
 
 class KlSection(Section):
-    """The per-token penalty that keeps the policy near the reference."""
+    """What keeps the policy near the reference."""
 
     coefficient: float = Field(0.05, ge=0, description="nats of KL cost this much score")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="of each token's KL: log p - log q, half its square, or q/p - 1 - log q/p (Schulman 2020)"
+    )
+    placement: Literal["reward", "loss"] = Field(
+        "reward", description="part of each token's reward, or a term of the loss (k2 or k3)"
+    )
+    target: float | None = Field(
+        None, gt=0, description="nats an episode: the coefficient adapts until the KL is this (Ziegler et al. 2019)"
+    )
+    horizon: int = Field(10_000, ge=1, description="episodes over which the coefficient adapts, with `target`")
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> KlSection:
+        if self.placement == "loss" and self.estimator == "k1":
+            raise ValueError("in the loss k1 has a gradient of mean zero; take estimator: k2 or k3")
+        if self.target is not None and self.coefficient == 0:
+            raise ValueError("a coefficient of 0 can't adapt, since it changes by a factor; begin with another")
+        return self
+
+
+class ScoreSection(Section):
+    """What is done with the judge's scores before they become rewards."""
+
+    scaling: Literal["none", "running"] = Field(
+        "none", description="running: divided by the standard deviation of all scores so far"
+    )
+    clip: float | None = Field(None, gt=0, description="scores, after scaling, are cut to within plus and minus this")
+
+
+class PtxSection(Section):
+    """Pretraining texts mixed into the policy's loss, PPO-ptx (Ouyang et al. 2022, arXiv:2203.02155)."""
+
+    train: Sources = Field(description="texts")
+    coefficient: float = Field(1.0, gt=0, description="weight of their loss, nats per token, beside the policy's")
+    tokens_per_minibatch: int = Field(1024, ge=2, description="tokens of text in every optimiser step")
+    sequence_length: int = Field(128, ge=2, description="tokens of one row")
+
+    @model_validator(mode="after")
+    def _divides(self) -> PtxSection:
+        if self.tokens_per_minibatch % self.sequence_length:
+            raise ValueError("tokens_per_minibatch is not a multiple of sequence_length")
+        if any(source.builtin and source.rows is None for source in self.train):
+            raise ValueError("the built-in world's texts never end; say how many with rows:")
+        return self
+
+
+class KeepSection(Section):
+    """Which of the policies that were measured on validation prompts is kept. None of the rules looks at gold."""
+
+    rule: Literal["last", "score", "second_judge"] | None = Field(
+        None, description="the last one, or the best by score or by the second judge; default: the best judge there is"
+    )
+    kl_budget: float | None = Field(
+        None, gt=0, description="nats an episode: a policy further from the reference is not kept"
+    )
+
+
+class DoctorSection(Section):
+    """What is looked for while PPO learns, and what is done then."""
+
+    action: Literal["warn", "stop", "back_off"] = Field(
+        "warn", description="back_off: the last good checkpoint is restored and the learning rates are halved"
+    )
+    off: tuple[str, ...] = Field((), description="names of findings that are not looked for")
+    most_back_offs: int = Field(3, ge=1, description="after so many it stops")
 
 
 class PpoSection(Section):
-    """Proximal policy optimisation against the reward model."""
+    """Proximal policy optimisation against a judge."""
 
     prompts: Sources = Field(description="prompts to learn on")
+    validation_prompts: Sources | None = Field(
+        None,
+        description="prompts to measure on in between, by which the policy that is kept is chosen; default: a tenth of "
+        "`prompts`, 128 at most, that is not learned on",
+    )
     test_prompts: Sources = Field(description="prompts to measure on, before and after")
     judge: tuple[JudgeSection, ...] = Field(
         (JudgeSection(model="reward"),), min_length=1, description="what gives the scores: a weighted sum of these"
+    )
+    second_judge: tuple[JudgeSection, ...] = Field(
+        (), description="a judge that is never optimised, only asked on validation and test prompts"
+    )
+    layout: Literal["full", "shared", "adapters"] = Field(
+        "full",
+        description="full: four models; shared: policy and critic on one trunk; adapters: policy, critic and a reward "
+        "model trained with lora are adapters on one frozen base",
+    )
+    lora: LoraSection = Field(default=LoraSection(), description="the adapters of layout `adapters`")
+    engine: Literal["auto", "cache", "generate"] = Field(
+        "auto", description="what draws responses: our loop over the KV cache, or transformers.generate"
     )
     updates: int = Field(ge=1, description="rollout and optimisation, this many times")
     episodes_per_update: int = Field(ge=1, description="prompts with a response in one update, over all processes")
     epochs: int = Field(2, ge=1, description="passes over an update's episodes")
     minibatches: int = Field(4, ge=1, description="optimiser steps of one epoch")
-    microbatch_size: int | None = Field(None, ge=1, description="episodes of one forward pass; default: a minibatch")
-    sampling: Sampling = Field(description="how responses are drawn; temperature also scales the policy's logits")
+    microbatch_size: int | None = Field(None, ge=1, description="episodes of one forward pass at most")
+    microbatch_tokens: int | None = Field(
+        None, ge=1, description="tokens of one forward pass at most; default: what half a GiB of activations holds"
+    )
+    sampling: Sampling = Field(description="how responses are drawn; the policy learns as the distribution drawn from")
     learning_rate: float = Field(gt=0, le=100, description="of the policy, Adam")
     critic_learning_rate: float | None = Field(None, gt=0, le=100, description="of the critic; default: the policy's")
     critic_from: Literal["reward", "policy"] | None = Field(
         None, description="the weights that the critic starts from; default: the reward model where it fits"
     )
     critic_warmup: int = Field(0, ge=0, description="first updates in which only the critic learns")
-    kl: KlSection = Field(default=KlSection(), description="the penalty that keeps the policy near the reference")
+    kl: KlSection = Field(default=KlSection(), description="what keeps the policy near the reference")
+    score: ScoreSection = Field(default=ScoreSection(), description="scaling and clipping of scores")
     clip_ratio: float = Field(0.2, gt=0, description="epsilon of the clipped policy loss")
+    dual_clip: float | None = Field(
+        None, gt=1, description="bound of the ratio where the advantage is negative (Ye et al. 2020, arXiv:1912.09729)"
+    )
     clip_value: float = Field(0.2, gt=0, description="largest move of a value in one update, in score units")
     value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus, per nat")
+    stop_kl: float | None = Field(
+        None, gt=0, description="nats a token: an update ends once the policy is so far from the one that drew"
+    )
+    ptx: PtxSection | None = Field(None, description="pretraining texts mixed into the policy's loss")
     discount: float = Field(1.0, gt=0, le=1, description="gamma")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient, policy and critic apart")
     no_end_penalty: float = Field(1.0, ge=0, description="taken from the score of a response that does not end")
+    no_end_score: float | None = Field(
+        None, description="the score of a response that does not end, whatever the judge says (Stiennon et al. 2020)"
+    )
+    validate_every: int = Field(5, ge=1, description="updates between measurements on validation prompts")
+    keep: KeepSection = Field(default=KeepSection(), description="which policy is kept")
+    best_of: int = Field(
+        16, ge=0, description="responses a validation prompt for best-of-n, the yardstick of the curve; 0: none"
+    )
+    doctor: DoctorSection = Field(default=DoctorSection(), description="what is done about an update that goes wrong")
     log_every: int = Field(1, ge=1, description="updates between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
+    samples_every: int = Field(10, ge=1, description="updates between examples shown", json_schema_extra=_NO_RESULT)
 
     @model_validator(mode="after")
     def _divides(self) -> PpoSection:
@@ -399,9 +515,13 @@ class PpoSection(Section):
             raise ValueError(
                 f"episodes_per_update {self.episodes_per_update} is not a multiple of minibatches {self.minibatches}"
             )
-        titles = [judge.title for judge in self.judge]
-        if len({*titles, *(f"{title}_{figure}" for title in titles for figure in ("spread", "cut"))}) < 3 * len(titles):
-            raise ValueError(f"judge: two parts have one name in metrics ({', '.join(titles)}); give them names")
+        for key, judges in (("judge", self.judge), ("second_judge", self.second_judge)):
+            titles = [judge.title for judge in judges]
+            names = {*titles, *(f"{title}_{figure}" for title in titles for figure in ("spread", "cut"))}
+            if len(names) < 3 * len(titles):
+                raise ValueError(f"{key}: two parts have one name in metrics ({', '.join(titles)}); give them names")
+        if self.keep.rule == "second_judge" and not self.second_judge:
+            raise ValueError("keep.rule is second_judge, but there is no second_judge")
         return self
 
 
@@ -486,7 +606,7 @@ class Recipe(Section):
                     raise ValueError(f"{key} is {tokens}, more than model.context, which is {self.model.context}")
         if "ppo" in self.stages and "reward" not in self.stages:
             assert self.ppo is not None
-            if any(judge.model == "reward" for judge in self.ppo.judge):
+            if any(judge.model == "reward" for judge in (*self.ppo.judge, *self.ppo.second_judge)):
                 raise ValueError(
                     "ppo needs a judge: add the stage reward (`reward: {from: DIR}` takes an existing one), or name "
                     "others in ppo.judge"
@@ -499,13 +619,12 @@ class Recipe(Section):
 def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int, int]:
     """(rows of one forward pass on one process, forward passes of one optimiser step) of a stage that trains.
 
-    Raises RecipeError where the rows of a step don't divide evenly; nothing is rounded in silence.
+    Raises RecipeError where the rows of a step don't divide evenly; nothing is rounded in silence. (In ppo rows are as
+    long as the policy makes them, and any number of them is shared.)
     """
     section: Any = getattr(recipe, stage)
     if stage == "pretrain":
         rows, what = section.tokens_per_step // section.sequence_length, "tokens_per_step / sequence_length"
-    elif stage == "ppo":
-        rows, what = section.episodes_per_update // section.minibatches, "episodes_per_update / minibatches"
     else:
         what = "dialogues_per_step" if stage == "sft" else "pairs_per_step"
         rows = getattr(section, what)
@@ -580,7 +699,7 @@ def externals(recipe: Recipe, stage: StageName) -> list[External]:
             others = [sampler.model for sampler in section.collect.samplers if sampler.model != "sft"]
             found += [External("reward.collect.samplers", model, "causal_lm") for model in others]
     if stage == "ppo" and recipe.ppo:
-        for judge in recipe.ppo.judge:
+        for judge in (*recipe.ppo.judge, *recipe.ppo.second_judge):
             if judge.python:
                 found.append(External("ppo.judge", judge.python, "python"))
             elif judge.model and judge.model != "reward":
@@ -822,4 +941,16 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
             found[key] = list(value)
         else:
             found[key] = value
+    return found
+
+
+def fields_at_default(section: BaseModel) -> set[str]:
+    """The keys of `result_fields` whose values nobody had to give."""
+    found: set[str] = set()
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), field.alias or name
+        if isinstance(value, BaseModel):
+            found |= {f"{key}.{inner}" for inner in fields_at_default(value)}
+        elif value == field.default:
+            found.add(key)
     return found

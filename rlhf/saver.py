@@ -59,6 +59,15 @@ class Saver:
         log(f"{self._job.stage}: goes on from the checkpoint of step {found.step}")
         return found
 
+    def back(self) -> Checkpoint:
+        """The newest checkpoint, to be restored by a stage that is running; metrics and random states are as there."""
+        found = self._team.from_main(self._store.newest)
+        if found is None:
+            raise StageFailed(f"{self._job.stage}: there is no whole checkpoint to go back to")
+        self._metrics.cut_back(found.facts["metrics"])
+        set_random_state(load_tree(found.path, f"random-{self._team.rank}"))
+        return found
+
     @contextmanager
     def training(self) -> Iterator["Saver"]:
         """Within, a first SIGINT or SIGTERM waits for the end of the step, and for the checkpoint after it."""
@@ -78,12 +87,16 @@ class Saver:
         """
         save, stop = self.decide(step, last=step == steps)
         if save:
-            with self.writing(step, weights) as folder:
-                tree = state()
-                if self._team.is_main:
-                    save_tree(tree, folder, "state")
+            self.save(step, state, weights)
         if stop:
             raise self.interrupted(step)
+
+    def save(self, step: int, state: Callable[[], dict[str, Any]], weights: nn.Module) -> None:
+        """Writes a checkpoint of `state()` now; see `after_step`."""
+        with self.writing(step, weights) as folder:
+            tree = state()
+            if self._team.is_main:
+                save_tree(tree, folder, "state")
 
     def decide(self, step: int, *, last: bool = False) -> tuple[bool, bool]:
         """Whether a checkpoint is written after this step, and whether the stage stops then; the same on all ranks."""

@@ -42,7 +42,14 @@ OVERRIDES = (
     "ppo.microbatch_size=4",
     "threads=1",
 )
-TIMINGS = {"time", "tokens_per_second", "pairs_per_second", "episodes_per_second", "rollout_seconds"}
+TIMINGS = {
+    "time",
+    "tokens_per_second",
+    "pairs_per_second",
+    "episodes_per_second",
+    "rollout_seconds",
+    "rollout_tokens_per_second",
+}
 VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
 console = Console(highlight=False, soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """What several stages do alike: open their data, find the model that they start from, order rows, check lengths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -10,15 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
+from rlhf.data.tokens import PackedTokens, PackStats, pack
 from rlhf.errors import DataError, RecipeError
 from rlhf.job import Job
 from rlhf.model import end_ids, load_causal_lm
 from rlhf.recipe import STAGES, Recipe, Sampling, Source, StageName, externals, upstream
-from rlhf.rollout import CacheEngine, Response, uniforms
+from rlhf.rollout import Drawing, Response, build_engine, uniforms
 from rlhf.rundir import RunDir
 from rlhf.runtime import Bar, derive_seed, log
+from rlhf.saver import once
 from rlhf.tinyworld.words import Split
-from rlhf.tokenizer import load_tokenizer
+from rlhf.tokenizer import encode_documents, load_tokenizer
 
 T = TypeVar("T")
 
@@ -89,6 +91,36 @@ def check_context(model: PreTrainedModel, key: str, tokens: int) -> None:
         raise RecipeError(f"{key} is {tokens}, more than the model's context of {context} tokens")
 
 
+def packed_texts(
+    job: Job, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+) -> tuple[PackedTokens, PackStats]:
+    """Texts as one file of token ids in STAGE/texts, written once by the first process, read in rows of `length`."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        if not job.team.is_main:
+            return {}
+        dataset = open_data(job.recipe, job.stage, sources, "texts", "train")
+        log(f"{job.stage}: packing the texts")
+        stats = pack(_with_sizes(dataset, tokenizer), folder / "tokens.bin", len(tokenizer))
+        report_faults(dataset)
+        return stats._asdict()
+
+    kept = once(job, "texts", make)
+    return PackedTokens(kept.path / "tokens.bin", len(tokenizer), length, seed), PackStats(**kept.facts)
+
+
+def _with_sizes(texts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+    sizes: list[int] = []
+
+    def measured() -> Iterator[str]:
+        for text in texts:
+            sizes.append(len(text.encode()))
+            yield text
+
+    for number, ids in enumerate(encode_documents(tokenizer, measured())):
+        yield ids, sizes[number]
+
+
 def context_of(model: PreTrainedModel) -> int:
     """How many tokens a model can read; a very large number where its configuration doesn't say."""
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
@@ -128,12 +160,11 @@ def sample_responses(
     Row i's draws depend on (seed, i) alone. `what` names the progress bar; without it none is shown.
     """
     with Bar(what, len(prompts)) if what else nullcontext() as bar:
-        engine = CacheEngine(
+        engine = build_engine(
             model,
+            tokenizer,
+            Drawing(**sampling.model_dump()),
             end_ids=end_ids(model, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
             progress=(lambda done: bar.show(min(done * job.team.size, len(prompts)))) if bar else None,
         )
         return job.team.share(

@@ -1,5 +1,6 @@
 """What a recipe's `ppo.judge` and `ppo.critic_from` mean: the judges that ppo learns from, and its critic."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -27,19 +28,26 @@ from stages.common import Start, context_of, named_model, runs_code, starting_mo
 
 
 def build_judge(
-    recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, context: int, device: torch.device
+    recipe: Recipe,
+    run: RunDir,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    device: torch.device,
+    sections: Sequence[JudgeSection],
+    what: str,
+    lent: PreTrainedModel | None = None,
 ) -> WeightedSum:
-    """The weighted sum that the recipe names, its models on the device. Nothing is loaded that it doesn't name.
+    """The weighted sum of the sections, its models on the device. Nothing is loaded that they don't name.
 
-    `tokenizer` and `context` are the policy's. Raises UserError, naming the judge, where one can't be had.
+    `tokenizer` and `context` are the policy's; `what` the sum is called; `lent` is the reward stage's model where it is
+    loaded already. Raises UserError, naming the judge, where one can't be had.
     """
-    assert recipe.ppo is not None
     parts, told = [], []
-    for section in recipe.ppo.judge:
-        judge, how = _judge(section, recipe, run, tokenizer, context, device)
+    for section in sections:
+        judge, how = _judge(section, recipe, run, tokenizer, context, device, lent)
         parts.append(Part(section.title, section.weight, judge))
         told.append(f"{section.weight:g} x {section.title} ({how})")
-    log(f"ppo: score = {' + '.join(told)}")
+    log(f"ppo: {what} = {' + '.join(told)}")
     return WeightedSum(parts)
 
 
@@ -50,6 +58,7 @@ def _judge(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     device: torch.device,
+    lent: PreTrainedModel | None,
 ) -> tuple[Judge, str]:
     """One judge, and in words how it reads a conversation."""
     if section.python:
@@ -58,9 +67,12 @@ def _judge(
     assert section.model is not None
     ours, who = section.model == "reward", f"ppo.judge {section.title}"
     start = reward_start(recipe, run) if ours else named_model(recipe, section.model)
-    stored = device.type == "cuda" and not ours
-    model = load_classifier(start.name, "auto" if stored else torch.float32, remote_code=start.remote_code)
-    model.requires_grad_(False).eval().to(device)
+    if ours and lent is not None:
+        model = lent
+    else:
+        stored = device.type == "cuda" and not ours
+        model = load_classifier(start.name, "auto" if stored else torch.float32, remote_code=start.remote_code)
+        model.requires_grad_(False).eval().to(device)
     heads = score_heads(model.config)
     many = f", {heads} heads" if heads > 1 else ""
     if ours and not section.chat_template and not _misfit(start, model, tokenizer, context):

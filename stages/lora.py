@@ -4,11 +4,14 @@ Adapters are added to a loaded model, trained, saved as a plain PEFT directory, 
 transformers model, which loads without PEFT.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -100,6 +103,31 @@ def _token_tables(model: PreTrainedModel, tokens: Sequence[int], key: str) -> di
     return {name: rows for name, module in model.named_modules() if any(module is table for table in tables)}
 
 
+def add_adapter(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
+    """Puts one more adapter into a model that stays a plain transformers model; seed torch first."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
+        inject_adapter_in_model(config, model, name)
+
+
+@contextmanager
+def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within, the adapter of this name works in every layer that has one, and no other; None: no adapter at all.
+
+    Nothing is frozen or thawed, as PEFT's own switch would: what is trained was decided when the optimiser was made.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter = layer._active_adapter if name is None else [name]
+        layer._disable_adapters = name is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
 def trained_parameters(model: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -110,6 +138,17 @@ def merged(model: PeftModel) -> PreTrainedModel:
     plain: PreTrainedModel = model.merge_and_unload()
     plain.requires_grad_(True)
     return plain
+
+
+def merged_in_place(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The plain model that the adapter of this name makes of a model in which adapters were put; the others go."""
+    for where, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module._disable_adapters = False
+            module.merge(adapter_names=[name])
+            parent, _, own = where.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.get_base_layer())
+    return model.requires_grad_(True)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:

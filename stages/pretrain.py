@@ -6,9 +6,8 @@ Documents are packed end to end in a memory-mapped file; the rows that a step re
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.perplexity import Perplexity, perplexity, score_documents
 from rlhf.checkpoint import load_tree
-from rlhf.data.tokens import PackedTokens, PackStats, pack
+from rlhf.data.tokens import PackedTokens
 from rlhf.errors import StageFailed
 from rlhf.functional.masked import widened
 from rlhf.job import Job
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups, model_card, save_model
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
-from rlhf.saver import Saver, once
+from rlhf.saver import Saver
 from rlhf.team import Team
-from rlhf.tokenizer import begin_id, encode_documents, load_tokenizer, token_info
-from stages.common import card_facts, open_data, report_faults
+from rlhf.tokenizer import begin_id, load_tokenizer, token_info
+from stages.common import card_facts, open_data, packed_texts, report_faults
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 QUICK_VALIDATION = 100  # documents of the validations on the way; the last one takes all
@@ -41,7 +40,9 @@ def run(job: Job) -> dict[str, Any]:
     assert settings is not None
     accelerator = make_accelerator()
     tokenizer = load_tokenizer(job.run.stage("tokenizer").model)
-    packed, stats = _packed_texts(job, settings, tokenizer)
+    packed, stats = packed_texts(
+        job, settings.train, tokenizer, settings.sequence_length, derive_seed(recipe.seed, "pretrain", "order")
+    )
     held_out = open_data(recipe, "pretrain", settings.validation, "texts", "validation")
     validation = list(held_out)
     report_faults(held_out)
@@ -89,39 +90,6 @@ def run(job: Job) -> dict[str, Any]:
         )
         save_model(model, tokenizer, directory.model, card)
     return summary
-
-
-def _packed_texts(
-    job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PackedTokens, PackStats]:
-    """The training texts as one file of token ids, written by the first process."""
-    recipe = job.recipe
-
-    def make(folder: Path) -> dict[str, Any]:
-        if not job.team.is_main:
-            return {}
-        dataset = open_data(recipe, "pretrain", settings.train, "texts", "train")
-        log("pretrain: packing the training texts")
-        stats = pack(_with_sizes(dataset, tokenizer), folder / "tokens.bin", len(tokenizer))
-        report_faults(dataset)
-        return stats._asdict()
-
-    kept = once(job, "texts", make)
-    seed = derive_seed(recipe.seed, "pretrain", "order")
-    packed = PackedTokens(kept.path / "tokens.bin", len(tokenizer), settings.sequence_length, seed)
-    return packed, PackStats(**kept.facts)
-
-
-def _with_sizes(texts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
-    sizes: list[int] = []
-
-    def measured() -> Iterator[str]:
-        for text in texts:
-            sizes.append(len(text.encode()))
-            yield text
-
-    for number, ids in enumerate(encode_documents(tokenizer, measured())):
-        yield ids, sizes[number]
 
 
 def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -232,6 +232,21 @@ def test_a_change_of_ppo_redoes_ppo_and_evaluate_only(home: Path) -> None:
     assert json.loads((home / "runs/tiny/ppo.stale-1/summary.json").read_text())["updates"] == 2
 
 
+def test_a_key_that_an_older_version_did_not_know_makes_nothing_stale_unless_it_is_given(
+    finished_chain: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_chain, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "runs/tiny/sft/manifest.json"
+    facts = json.loads(manifest.read_text())
+    del facts["inputs"]["sft.sampling.top_p"], facts["inputs"]["sft.loss_on"]
+    manifest.write_text(json.dumps(facts))
+    said = rlhf("run", "all", "--recipe", str(RECIPE), cwd=tmp_path)
+    assert said.count("done") >= 6
+    assert not list((tmp_path / "runs/tiny").glob("sft.stale-*"))
+    said = rlhf("run", "sft", "--recipe", str(RECIPE), "sft.loss_on=last", cwd=tmp_path)
+    assert "sft.loss_on: None -> last" in said
+
+
 def test_any_hugging_face_directory_with_files_of_ones_own_is_a_start(home: Path, tmp_path: Path) -> None:
     """A GPT-2 with another tokenizer, without chat template and pad token; conversations and comparisons from files."""
     import torch

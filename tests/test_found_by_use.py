@@ -108,8 +108,8 @@ def test_an_existing_judge_alone_is_a_reward_stage(home: Path) -> None:
 
 
 def test_batches_that_do_not_divide_are_refused_before_the_first_stage(tmp_path: Path) -> None:
-    said = rlhf("run", "all", "--recipe", str(TINY_RECIPE), "ppo.microbatch_size=3", cwd=tmp_path, code=2)
-    assert "ppo.microbatch_size: 3 does not divide 8, episodes_per_update / minibatches" in said
+    said = rlhf("run", "all", "--recipe", str(TINY_RECIPE), "reward.microbatch_size=3", cwd=tmp_path, code=2)
+    assert "reward.microbatch_size: 3 does not divide 10, pairs_per_step" in said
     assert not list(tmp_path.iterdir())
     recipe = load_recipe(str(TINY_RECIPE))
     assert microbatches(recipe, "pretrain", 2) == (8, 1)

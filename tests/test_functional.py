@@ -1,12 +1,15 @@
 """The arithmetic of PPO against constants worked by hand and naive float64 loops."""
 
+import itertools
 import math
+import statistics
 
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf.functional import masked, ppo
+from rlhf.functional.best_of_n import best_of_n_kl, best_of_n_mean
 
 
 def naive_advantages(
@@ -73,7 +76,7 @@ def test_what_stands_behind_the_mask_never_counts() -> None:
 def test_the_score_lands_on_the_last_real_token() -> None:
     kl = torch.tensor([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, 0.5)
+    rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), 0.5 * kl, mask)
     assert rewards.tolist() == [[-0.5, 9.0, 0.0], [-2.0, -2.5, 17.0]]
 
 
@@ -153,7 +156,85 @@ def test_k3_estimates_the_kl_divergence() -> None:
         torch.distributions.Categorical(logits=torch.zeros(6)),
     )
     drawn = p.sample((200_000,))
-    estimate = ppo.kl_estimate_k3(q.log_prob(drawn), p.log_prob(drawn))
+    estimate = ppo.kl_estimate(p.log_prob(drawn), q.log_prob(drawn), "k3")
     exact = torch.distributions.kl_divergence(p, q).item()
     assert estimate.min().item() >= -1e-6
     assert estimate.mean().item() == pytest.approx(exact, abs=4 * estimate.std().item() / math.sqrt(200_000))
+
+
+def test_kl_estimates_by_hand() -> None:
+    # policy's log-probability -1, other's -1.5: log r = -0.5, r = 0.60653
+    logprobs, other = torch.tensor([-1.0]), torch.tensor([-1.5])
+    assert ppo.kl_estimate(logprobs, other, "k1").item() == pytest.approx(0.5)
+    assert ppo.kl_estimate(logprobs, other, "k2").item() == pytest.approx(0.125)
+    assert ppo.kl_estimate(logprobs, other, "k3").item() == pytest.approx(0.6065307 - 1 + 0.5, abs=1e-6)
+
+
+def test_k1_and_k3_are_unbiased_and_k3_varies_less() -> None:
+    torch.manual_seed(0)
+    p = torch.distributions.Categorical(logits=torch.tensor([0.3, -0.2, 0.1, 0.0]))
+    q = torch.distributions.Categorical(logits=torch.zeros(4))
+    drawn = p.sample((200_000,))
+    exact = torch.distributions.kl_divergence(p, q).item()
+    found = {
+        name: ppo.kl_estimate(p.log_prob(drawn), q.log_prob(drawn), name)  # type: ignore[arg-type]
+        for name in ("k1", "k3")
+    }
+    for values in found.values():
+        assert values.mean().item() == pytest.approx(exact, abs=4 * values.std().item() / math.sqrt(200_000))
+    assert found["k3"].std() < 0.5 * found["k1"].std()
+
+
+def test_the_gradient_of_k2_is_that_of_the_kl() -> None:
+    """Why k1 in the loss is refused, and k2 isn't: the mean over tokens of the gradient of each estimate."""
+    logits = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([0.1, 0.4, -0.3, 0.0], dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - other)).sum(), logits, retain_graph=True)
+    weights = logprobs.exp().detach()  # the mean over tokens that the policy draws
+    for name, expected in (("k1", torch.zeros(4, dtype=torch.float64)), ("k2", exact)):
+        loss = (weights * ppo.kl_estimate(logprobs, other, name)).sum()  # type: ignore[arg-type]
+        (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+
+
+def test_dual_clip_by_hand() -> None:
+    # advantage -1, ratio e^2 = 7.389: free loss 7.389, dual clip 3 -> 3; ratio e^0.5 = 1.6487 stays; advantage 1 stays
+    new = torch.tensor([[2.0, 0.5, 2.0]], requires_grad=True)
+    advantages = torch.tensor([[-1.0, -1.0, 1.0]])
+    found = ppo.policy_loss(new, torch.zeros(1, 3), advantages, torch.ones(1, 3, dtype=torch.bool), 0.2, 3.0)
+    assert found.total.item() == pytest.approx(3.0 + 1.648721 - 1.2, rel=1e-6)
+    assert found.clipped.item() == pytest.approx(2 / 3)
+    found.total.backward()
+    assert new.grad is not None
+    assert new.grad.tolist() == [[0.0, pytest.approx(1.648721, rel=1e-6), 0.0]]
+
+
+def test_the_adaptive_coefficient_by_hand() -> None:
+    # KL 9 of a target of 6: error 0.5, cut to 0.2; 100 of 1,000 episodes: 0.1 * (1 + 0.02)
+    assert ppo.adapted_coefficient(0.1, 9.0, 6.0, 1000, 100) == pytest.approx(0.102)
+    assert ppo.adapted_coefficient(0.1, 6.6, 6.0, 1000, 100) == pytest.approx(0.101)  # error 0.1
+    assert ppo.adapted_coefficient(0.1, 0.0, 6.0, 1000, 100) == pytest.approx(0.098)  # error -1, cut to -0.2
+    assert ppo.adapted_coefficient(0.1, 6.0, 6.0, 1000, 100) == 0.1
+
+
+def test_running_moments_equal_those_of_all_numbers_at_once() -> None:
+    numbers = [1e6 + (i * 37 % 11) / 7 for i in range(50)]
+    moments = ppo.RunningMoments()
+    assert moments.deviation == 0.0
+    for start in (0, 3, 4, 20):
+        moments = moments.with_values(numbers[start : {0: 3, 3: 4, 4: 20, 20: 50}[start]])
+    moments = moments.with_values([])
+    assert moments.n == 50
+    assert moments.mean == pytest.approx(statistics.fmean(numbers), rel=1e-14)
+    assert moments.deviation == pytest.approx(statistics.pstdev(numbers), rel=1e-9)
+
+
+def test_best_of_n_equals_the_mean_over_all_sets() -> None:
+    scores, values = [0.3, -1.0, 2.0, 0.9, 1.5], [10.0, 20.0, 5.0, 7.0, 1.0]
+    for n in range(1, 6):
+        bests = [max(chosen, key=lambda i: scores[i]) for chosen in itertools.combinations(range(5), n)]
+        expected = statistics.fmean(values[i] for i in bests)
+        assert best_of_n_mean(scores, values, n) == pytest.approx(expected)
+    assert best_of_n_kl(1) == 0.0
+    assert best_of_n_kl(4) == pytest.approx(1.386294 - 0.75, abs=1e-6)

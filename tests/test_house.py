@@ -13,6 +13,7 @@ FLOORS = [
     {"rlhf.recipe", "rlhf.errors", "rlhf.functional"},
     {
         "rlhf.model",
+        "rlhf.likelihood",
         "rlhf.tokenizer",
         "rlhf.runtime",
         "rlhf.checkpoint",

@@ -532,7 +532,9 @@ class Ready(NamedTuple):
 
     def judge(self) -> WeightedSum:
         policy = self.policy()
-        return build_judge(self.recipe, self.run, policy.tokenizer(), 160, torch.device("cpu"))
+        assert self.recipe.ppo is not None
+        sections = self.recipe.ppo.judge
+        return build_judge(self.recipe, self.run, policy.tokenizer(), 160, torch.device("cpu"), sections, "score")
 
     def critic(self) -> Critic:
         return build_critic(self.recipe, self.run, self.policy(), self.policy().tokenizer(), 160)
@@ -635,7 +637,7 @@ def driven(finished_chain: Path, folder: Path, judge: str, *more: str, code: int
 
 
 def line(folder: Path) -> dict[str, float]:
-    found: dict[str, float] = json.loads((folder / "runs/tiny/ppo/metrics.jsonl").read_text().splitlines()[0])
+    found: dict[str, float] = json.loads((folder / "runs/tiny/ppo/metrics.jsonl").read_text().splitlines()[-1])
     return found
 
 

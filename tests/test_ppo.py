@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.errors import UserError
 from rlhf.judge import Conversation, Scores
@@ -16,10 +18,25 @@ from rlhf.model import critic_from_policy, critic_from_scorer, load_scorer
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
 from rlhf.team import Team
-from stages import ppo
 from stages.common import Start
+from stages.lora import add_adapter, using_adapter
+from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary
+from stages.ppo.layouts import build_roles
+from stages.ppo.learner import Budget, Learner, observed
+from stages.ppo.roles import CRITIC, POLICY, Actors, AdapterActors, FullActors, Reference, Roles, SharedActors
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 24
+
+
+@pytest.fixture(autouse=True)
+def norms_of_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' norm works in float32 whatever the model is, which would hide what float64 is to show."""
+
+    def forward(self: Any, states: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (states * scale)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 def config(**more: Any) -> LlamaConfig:
@@ -82,97 +99,182 @@ class Device:
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
 
 
-def make_learner(section: PpoSection, microbatch: int = 3, dtype: torch.dtype = torch.float64) -> ppo.Learner:
+THREE = Budget(tokens=10**6, episodes=3)
+
+
+def make_actors(section: PpoSection, dtype: torch.dtype) -> Actors:
     torch.manual_seed(1)
-    policy = LlamaForCausalLM(config()).to(dtype).eval()
-    reference = LlamaForCausalLM(config()).to(dtype).eval()
-    scorer = LlamaForSequenceClassification(config(num_labels=1)).to(dtype).eval()
-    critic = critic_from_scorer(scorer, 0.25)
-    roles = ppo.Roles(policy, reference, critic, LengthJudge())
-    tokenizer: Any = SimpleNamespace(pad_token_id=PAD)
+    policy = LlamaForCausalLM(config()).double().eval()
+    drawn = (section.sampling.temperature, [END], section.sampling.min_tokens)
+    if section.layout == "full":
+        scorer = LlamaForSequenceClassification(config(num_labels=1)).double().eval()
+        return FullActors(policy, critic_from_scorer(scorer, 0.25), *drawn).to(dtype)
+    if section.layout == "shared":
+        shared = SharedActors(policy, *drawn)
+        shared.head.begin_as(torch.randn(16).double(), 0.1)
+        return shared.to(dtype)
+    policy.requires_grad_(False)
+    for name in (POLICY, CRITIC):
+        add_adapter(policy, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), name)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lora" in name)
+        if "lora_B" in name:  # zero at first, and then half of the gradients are
+            torch.nn.init.normal_(parameter, std=0.3)
+    actors = AdapterActors(policy.double(), *drawn)
+    actors.head.begin_as(torch.randn(16).double(), 0.1)
+    return actors.to(dtype)
+
+
+def make_learner(section: PpoSection, budget: Budget = THREE, dtype: torch.dtype = torch.float64) -> Learner:
+    actors = make_actors(section, dtype)
+    if section.layout == "adapters":
+        reference = Reference(actors.policy, without_adapters=True)
+    else:
+        torch.manual_seed(2)
+        reference = Reference(LlamaForCausalLM(config()).to(dtype).eval())
     device: Any = Device()
-    return ppo.Learner(Team(), 5, section, roles, tokenizer, PROMPTS, [END], microbatch, device)
+    nobody: Any = None  # draws
+    roles = Roles(actors, reference, LengthJudge(), None)
+    return Learner(Team(), 5, section, roles, VOCABULARY_OF, nobody, budget, PROMPTS, device)
 
 
-PROMPTS = [ppo.Prompt([{"role": "user", "content": str(i)}], [BOS, *([5 + i] * (i % 3 + 1))]) for i in range(6)]
+def logits_of(actors: Actors, ids: torch.Tensor) -> torch.Tensor:
+    """The policy's logits [L, V], by the plain forward pass of the model."""
+    with using_adapter(actors.policy, POLICY):
+        logits: torch.Tensor = actors.policy(input_ids=ids).logits[0]
+    return logits
 
 
-def episodes(learner: ppo.Learner, temperature: float = 0.7) -> list[Response]:
+def values_of(actors: Actors, ids: torch.Tensor) -> torch.Tensor:
+    """The critic's values [L], from the definition of each layout."""
+    if isinstance(actors, FullActors):
+        values: torch.Tensor = actors.critic(ids)[0]
+        return values
+    assert isinstance(actors, SharedActors | AdapterActors)
+    with using_adapter(actors.policy, CRITIC):
+        states = actors.policy(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+    return states @ actors.head.layer.weight[0] * actors.head.scale + actors.head.layer.bias
+
+
+def reference_logits_of(learner: Learner, ids: torch.Tensor) -> torch.Tensor:
+    with using_adapter(learner._roles.reference.model, None), torch.no_grad():
+        logits: torch.Tensor = learner._roles.reference.model(input_ids=ids).logits[0]
+    return logits
+
+
+def parameters_of(learner: Learner) -> list[torch.nn.Parameter]:
+    actors = learner._roles.actors
+    return [*actors.policy_parameters(), *actors.critic_parameters()]
+
+
+def gradients_of(learner: Learner) -> list[torch.Tensor]:
+    found = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters_of(learner)]
+    learner._roles.actors.zero_grad()
+    return found
+
+
+class Decoder:
+    """A tokenizer's face: ids as text."""
+
+    pad_token_id = PAD
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+DECODER: Any = Decoder()
+VOCABULARY_OF = Vocabulary(DECODER, [END])
+PROMPTS = [Prompt([{"role": "user", "content": str(i)}], [BOS, *([5 + i] * (i % 3 + 1))]) for i in range(6)]
+
+
+def drawn(learner: Learner, temperature: float = 0.7) -> list[Response]:
     """Responses of 1 to 6 tokens with the policy's own log-probabilities, one that does not end among them."""
     rng = np.random.default_rng(0)
     found = []
     for i, prompt in enumerate(PROMPTS):
         ids = [int(token) for token in rng.integers(3, VOCABULARY, i)] + [END if i != 3 else 7]
-        logits = learner._roles.policy(input_ids=torch.tensor([prompt.ids + ids])).logits[0].detach() / temperature
-        rows = logits.log_softmax(-1)
+        logits = logits_of(learner._roles.actors, torch.tensor([prompt.ids + ids])).detach()
+        rows = (logits / temperature).log_softmax(-1)
         logprobs = [float(rows[len(prompt.ids) - 1 + t, token]) for t, token in enumerate(ids)]
         found.append(Response(ids, logprobs, i != 3))
     return found
 
 
-def evaluated(learner: ppo.Learner, responses: list[Response], scores: list[float]) -> ppo.Trajectory:
-    return learner._evaluate(learner._observed(PROMPTS, responses, Scores(scores), [None] * len(PROMPTS)))[0]
+def episodes_of(learner: Learner, responses: list[Response], scores: list[float] | None = None) -> list[Episode]:
+    found = observed(learner._roles, VOCABULARY_OF, learner._budget, PROMPTS, responses)
+    return [e._replace(score=s) for e, s in zip(found, scores, strict=True)] if scores else found
 
 
-def naive_gradient(learner: ppo.Learner, responses: list[Response], minibatch: list[int], s: PpoSection) -> Any:
+def evaluated(learner: Learner, responses: list[Response], scores: list[float] | None = None) -> Trajectory:
+    return learner._evaluate(episodes_of(learner, responses, scores))[0]
+
+
+def naive_gradient(learner: Learner, responses: list[Response], minibatch: list[int], s: PpoSection) -> Any:
     """The loss of a minibatch from its definition: one episode at a time, Python loops, no padding anywhere."""
-    roles = learner._roles
+    actors = learner._roles.actors
     every: list[dict[str, Any]] = []
     for prompt, response in zip(PROMPTS, responses, strict=True):
         ids = torch.tensor([prompt.ids + response.ids])
         start, n = len(prompt.ids), len(response.ids)
-        with torch.no_grad():
-            reference = (roles.reference(input_ids=ids).logits[0] / s.sampling.temperature).log_softmax(-1)
-            values = roles.critic(ids)[0, start - 1 : start + n - 1].tolist()
-        kl = [response.logprobs[t] - float(reference[start - 1 + t, response.ids[t]]) for t in range(n)]
-        rewards = [-s.kl.coefficient * k for k in kl]
+        reference = (reference_logits_of(learner, ids) / s.sampling.temperature).log_softmax(-1)
+        values = values_of(actors, ids)[start - 1 : start + n - 1].tolist()
+        other = [float(reference[start - 1 + t, response.ids[t]]) for t in range(n)]
+        rewards = [0.0] * n
+        if s.kl.placement == "reward":
+            rewards = [-s.kl.coefficient * (response.logprobs[t] - other[t]) for t in range(n)]
         rewards[-1] += float(ids.shape[1]) - (0.0 if response.ended else s.no_end_penalty)
         advantages, following = [0.0] * n, 0.0
         for t in reversed(range(n)):
             after = values[t + 1] if t + 1 < n else 0.0
             following = rewards[t] + s.discount * after - values[t] + s.discount * s.gae_lambda * following
             advantages[t] = following
-        every.append({"ids": ids, "start": start, "n": n, "values": values, "advantages": advantages})
+        every.append({"ids": ids, "start": start, "n": n, "values": values, "advantages": advantages, "other": other})
     flat = np.concatenate([e["advantages"] for e in every])
     mean, deviation = flat.mean(), np.sqrt(flat.var() + 1e-8)
     tokens = sum(every[i]["n"] for i in minibatch)
     loss = torch.zeros((), dtype=torch.float64)
     for i in minibatch:
         e, response = every[i], responses[i]
-        rows = (roles.policy(input_ids=e["ids"]).logits[0] / s.sampling.temperature).log_softmax(-1)
-        new_values = roles.critic(e["ids"])[0]
+        rows = (logits_of(actors, e["ids"]) / s.sampling.temperature).log_softmax(-1)
+        new_values = values_of(actors, e["ids"])
         for t in range(e["n"]):
             place = e["start"] - 1 + t
-            ratio = (rows[place, response.ids[t]] - response.logprobs[t]).exp()
+            logprob = rows[place, response.ids[t]]
+            ratio = (logprob - response.logprobs[t]).exp()
             advantage = (e["advantages"][t] - mean) / deviation
-            loss = loss - torch.min(ratio * advantage, ratio.clamp(1 - s.clip_ratio, 1 + s.clip_ratio) * advantage)
+            gain = torch.min(ratio * advantage, ratio.clamp(1 - s.clip_ratio, 1 + s.clip_ratio) * advantage)
+            if s.dual_clip and advantage < 0:
+                gain = torch.max(gain, torch.tensor(s.dual_clip * advantage))
             target = e["advantages"][t] + e["values"][t]
             near = e["values"][t] + (new_values[place] - e["values"][t]).clamp(-s.clip_value, s.clip_value)
             worse = torch.max((new_values[place] - target) ** 2, (near - target) ** 2)
-            loss = loss + s.value_coefficient * 0.5 * worse
+            entropy = -(rows[place].exp() * rows[place]).sum()
+            loss = loss - gain + s.value_coefficient * 0.5 * worse - s.entropy_coefficient * entropy
+            if s.kl.placement == "loss":
+                loss = loss + s.kl.coefficient * 0.5 * (logprob - e["other"][t]) ** 2  # k2
     (loss / tokens).backward()
-    gradients = [p.grad.clone() for p in (*roles.policy.parameters(), *roles.critic.parameters()) if p.grad is not None]
-    for module in (roles.policy, roles.critic):
-        module.zero_grad()
-    return gradients
+    return gradients_of(learner)
 
 
-def our_gradient(learner: ppo.Learner, responses: list[Response], minibatch: list[int]) -> Any:
-    scores = [float(len(p.ids) + len(r.ids)) for p, r in zip(PROMPTS, responses, strict=True)]
-    trajectory = evaluated(learner, responses, scores)
-    learner._minibatch_gradient(trajectory, torch.tensor(minibatch))
-    modules = (learner._roles.policy, learner._roles.critic)
-    gradients = [p.grad.clone() for m in modules for p in m.parameters() if p.grad is not None]
-    for module in modules:
-        module.zero_grad()
-    return gradients
+def our_gradient(learner: Learner, responses: list[Response], minibatch: list[int]) -> Any:
+    learner._minibatch_gradient(evaluated(learner, responses), torch.tensor(minibatch))
+    return gradients_of(learner)
+
+
+LOSSES: list[dict[str, Any]] = [
+    {},
+    {"layout": "shared"},
+    {"layout": "adapters"},
+    {"kl": {"coefficient": 0.3, "placement": "loss", "estimator": "k2"}, "entropy_coefficient": 0.1, "dual_clip": 1.1},
+]
 
 
 @pytest.mark.parametrize("minibatch", [[0, 1, 2, 3, 4, 5], [3, 0, 5], [4]])
-def test_the_gradient_equals_a_naive_one(minibatch: list[int]) -> None:
-    section = settings()
+@pytest.mark.parametrize("more", LOSSES)
+def test_the_gradient_equals_a_naive_one(minibatch: list[int], more: dict[str, Any]) -> None:
+    section = settings(**more)
     learner = make_learner(section)
-    responses = episodes(learner)
+    responses = [r._replace(logprobs=[p - 0.1 * t for t, p in enumerate(r.logprobs)]) for r in drawn(learner)]
     ours, expected = our_gradient(learner, responses, minibatch), naive_gradient(learner, responses, minibatch, section)
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 1e-3
@@ -180,13 +282,24 @@ def test_the_gradient_equals_a_naive_one(minibatch: list[int]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("microbatch", [1, 2, 6])
-def test_the_microbatch_changes_nothing(microbatch: int) -> None:
+@pytest.mark.parametrize("more", LOSSES[:3])
+def test_float32_is_near_the_naive_gradient(more: dict[str, Any]) -> None:
+    section = settings(**more)
+    exact = make_learner(section)
+    responses = drawn(exact)
+    expected = naive_gradient(exact, responses, [0, 1, 2, 3, 4, 5], section)
+    ours = our_gradient(make_learner(section, dtype=torch.float32), responses, [0, 1, 2, 3, 4, 5])
+    far = sum(float((a.double() - b).square().sum()) for a, b in zip(ours, expected, strict=True)) ** 0.5
+    assert far < 1e-4 * sum(float(b.square().sum()) for b in expected) ** 0.5
+
+
+@pytest.mark.parametrize("microbatch", [Budget(10**6, 1), Budget(10**6, 2), Budget(1, 6), Budget(12, 6)])
+def test_the_microbatch_changes_nothing(microbatch: Budget) -> None:
     section = settings()
-    responses = episodes(make_learner(section))
+    responses = drawn(make_learner(section))
     everyone = [0, 1, 2, 3, 4, 5]
+    whole = our_gradient(make_learner(section, Budget(10**6, 6)), responses, everyone)
     ours = our_gradient(make_learner(section, microbatch), responses, everyone)
-    whole = our_gradient(make_learner(section, 6), responses, everyone)
     for a, b in zip(ours, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -194,7 +307,7 @@ def test_the_microbatch_changes_nothing(microbatch: int) -> None:
 def test_what_the_padding_holds_changes_nothing() -> None:
     section = settings()
     learner = make_learner(section)
-    responses = episodes(learner)
+    responses = drawn(learner)
     trajectory = evaluated(learner, responses, [1.0] * 6)
     places = torch.arange(trajectory.ids.shape[1])
     real = places < (trajectory.prompt_lengths + trajectory.mask.sum(1)).unsqueeze(1)
@@ -208,9 +321,9 @@ def test_what_the_padding_holds_changes_nothing() -> None:
     found = []
     for batch in (trajectory, garbage):
         figures = learner._minibatch_gradient(batch, torch.arange(6))
-        gradients = [p.grad.clone() for p in learner._roles.policy.parameters() if p.grad is not None]
+        gradients = [p.grad.clone() for p in learner._roles.actors.policy.parameters() if p.grad is not None]
         found.append((figures, gradients))
-        learner._roles.policy.zero_grad()
+        learner._roles.actors.policy.zero_grad()
     assert found[0][0] == found[1][0]  # the logged entropy, KL and clip fraction too
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(a, b)
@@ -220,11 +333,11 @@ def test_every_minibatch_is_an_optimiser_step_whatever_the_microbatch() -> None:
     """TRL: num_mini_batches had no effect under gradient accumulation."""
     section = settings(epochs=3, minibatches=2)
     for microbatch in (1, 3):
-        learner = make_learner(section, microbatch)
+        learner = make_learner(section, Budget(10**6, microbatch))
         steps: list[int] = []
         step = learner._policy_optimizer.step
         learner._policy_optimizer.step = lambda steps=steps, step=step: (steps.append(1), step())
-        trajectory = evaluated(learner, episodes(learner), [1.0] * 6)
+        trajectory = evaluated(learner, drawn(learner), [1.0] * 6)
         learner._optimise(trajectory, 0)
         assert len(steps) == 6
 
@@ -237,12 +350,13 @@ def test_gradients_are_clipped() -> None:
     step = learner._policy_optimizer.step
 
     def watched() -> None:
-        total = sum(float(p.grad.square().sum()) for p in learner._roles.policy.parameters() if p.grad is not None)
+        parameters = learner._roles.actors.policy_parameters()
+        total = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
         norms.append(total**0.5)
         step()
 
     learner._policy_optimizer.step = watched  # type: ignore[method-assign]
-    trajectory = evaluated(learner, episodes(learner), [1.0] * 6)
+    trajectory = evaluated(learner, drawn(learner), [1.0] * 6)
     figures = learner._optimise(trajectory, 0)
     assert figures["policy_gradient_norm"] > 1e-2  # what is logged is the norm before clipping
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
@@ -263,10 +377,11 @@ def test_minibatches_hold_every_episode_once_an_epoch_in_new_orders() -> None:
 def test_the_score_of_a_response_falls_on_its_end_token_not_behind_it() -> None:
     """TRL: the score landed one token after EOS."""
     learner = make_learner(settings(kl={"coefficient": 0.0}, gae_lambda=0.0, discount=1.0))
-    responses = episodes(learner)
-    for parameter in learner._roles.critic.parameters():
+    responses = drawn(learner)
+    actors: Any = learner._roles.actors
+    for parameter in actors.critic.parameters():
         parameter.data.zero_()
-    learner._roles.critic.mean = 0.0
+    actors.critic.mean = 0.0
     trajectory = evaluated(learner, responses, [100.0 + i for i in range(6)])
     # with lambda 0, no values and no KL, a token's return is its reward
     for row, response in enumerate(responses):
@@ -302,6 +417,7 @@ def test_a_critic_from_an_ensemble_begins_at_the_mean_of_its_heads(tmp_path: Any
 def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     """TRL: pad == eos corrupted the masks."""
     tokenizer: Any = SimpleNamespace(pad_token_id=END, eos_token_id=END)
+    recipe: Any = SimpleNamespace(ppo=settings())
     nothing: Any = None  # it is refused before anything is loaded
     with pytest.raises(UserError, match="pad and end token must be different"):
-        ppo._load_roles(nothing, nothing, Start(str(tmp_path), False), tokenizer, nothing)
+        build_roles(recipe, nothing, Start(str(tmp_path), False), tokenizer, torch.device("cpu"))

@@ -24,7 +24,14 @@ from rlhf.runtime import MetricsLog
 from tests.conftest import ROOT, TINY_RECIPE, rlhf
 
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
-TIMINGS = {"time", "tokens_per_second", "pairs_per_second", "episodes_per_second", "rollout_seconds"}
+TIMINGS = {
+    "time",
+    "tokens_per_second",
+    "pairs_per_second",
+    "episodes_per_second",
+    "rollout_seconds",
+    "rollout_tokens_per_second",
+}
 VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
 OFTEN = {"pretrain": 4, "sft": 10, "reward": 3, "ppo": 1}  # steps between checkpoints
 
@@ -141,6 +148,44 @@ def test_however_it_is_fine_tuned_it_goes_on_and_ends_bitwise_equal(
         path = directory / made
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     rlhf(*command, cwd=tmp_path)
+    assert_equal(directory, whole)
+
+
+EVERYTHING = (
+    "ppo.updates=3",
+    "ppo.validate_every=1",
+    "ppo.best_of=2",
+    "ppo.kl={coefficient: 0.1, target: 0.5, horizon: 50, estimator: k3}",
+    "ppo.score={scaling: running, clip: 2}",
+    "ppo.ptx={train: [{builtin: tinyworld, rows: 40}], tokens_per_minibatch: 64, sequence_length: 32}",
+    "ppo.sampling={max_tokens: 16, top_k: 50, top_p: 0.95, min_tokens: 2}",
+    "ppo.entropy_coefficient=0.01",
+    "ppo.dual_clip=3",
+    "ppo.stop_kl=0.5",
+    "ppo.critic_warmup=1",
+)
+WAYS_OF_PPO = {
+    "shared": (*EVERYTHING, "ppo.layout=shared"),
+    "adapters": (*EVERYTHING, "ppo.layout=adapters", "ppo.learning_rate=0.01"),
+    "backing-off": ("ppo.updates=3", "ppo.learning_rate=1.0", "ppo.doctor={action: back_off, most_back_offs: 20}"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OF_PPO)
+def test_ppo_with_controllers_texts_and_adapters_goes_on_and_ends_bitwise_equal(
+    finished_chain: Path, tmp_path: Path, way: str
+) -> None:
+    command = arguments("ppo", *WAYS_OF_PPO[way])
+    whole = begin(finished_chain, tmp_path / "whole", "ppo")
+    said = rlhf(*command, cwd=tmp_path / "whole")
+    assert ("back to update" in said) == (way == "backing-off")
+    directory = begin(finished_chain, tmp_path, "ppo")
+    process = start(*command, cwd=tmp_path)
+    until((directory / "checkpoints/step-2").exists, process)
+    process.kill()
+    process.communicate()
+    assert not (directory / "summary.json").exists()
+    assert "ppo: goes on from the checkpoint of step" in rlhf(*command, cwd=tmp_path)
     assert_equal(directory, whole)
 
 

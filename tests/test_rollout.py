@@ -1,114 +1,374 @@
-"""The engine against plain forward passes, whatever else is drawn beside a response."""
+"""The engines against plain forward passes, whatever else is drawn beside a response."""
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from rlhf.model import build_causal_lm
-from rlhf.rollout import CacheEngine, Response, draw_tokens, uniforms
+from rlhf.errors import StageFailed, UserError
+from rlhf.rollout import CacheEngine, Drawing, Engine, Response, build_engine, uniforms
+from rlhf.rollout.build import EngineKind
 
-VOCABULARY, END, PAD = 40, 3, 0
-PROMPTS = [[1, 5, 6], [1, 9], [1, 7, 8, 9, 10, 11], [1, 20, 21, 22], [1, 30]]
+VOCABULARY = 384  # the tokenizer's
+ENDS = (4, *range(300, 330))  # so many that responses end at different places
+PROMPTS = [[1, 50, 60], [1, 90], [1, 70, 80, 90, 10, 11], [1, 200, 201, 202], [30]]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+WINDOW = {"sliding_window": 3}
+MIXED = {**WINDOW, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SIZES},
+    "llama eager": {"model_type": "llama", **GROUPED, "attn_implementation": "eager"},
+    "qwen3": {"model_type": "qwen3", **GROUPED},
+    "qwen3 local": {"model_type": "qwen3", **GROUPED, **MIXED},
+    "mistral": {"model_type": "mistral", **GROUPED, **WINDOW},  # local everywhere
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+HYBRID: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    **GROUPED,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 0,
+}
+KINDS: tuple[EngineKind, ...] = ("cache", "generate")
 
 
-@pytest.fixture(params=["llama", "qwen3", "qwen3 local", "gpt2"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def make(model_type: str, attn_implementation: str = "sdpa", **sizes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    common = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 1}
-    if request.param == "gpt2":
-        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **common)
-    else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-        kind = LlamaConfig if request.param == "llama" else Qwen3Config
-        extra: dict[str, Any] = {} if request.param == "llama" else {"head_dim": 16}
-        if request.param == "qwen3 local":
-            extra |= {"use_sliding_window": True, "sliding_window": 3}
-            extra["layer_types"] = ["sliding_attention", "full_attention"]
-        config = kind(num_key_value_heads=2, initializer_range=0.3, **sizes, **common, **extra)
-    return build_causal_lm(config).eval()
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 2, "eos_token_id": 4, "bos_token_id": 1}
+    config = AutoConfig.for_model(model_type, initializer_range=0.3, **common, **sizes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    return model.eval()
 
 
-def engine(model: PreTrainedModel, batch_size: int = 8, max_tokens: int = 12, temperature: float = 0.8) -> CacheEngine:
-    return CacheEngine(
-        model, end_ids=[END], pad_id=PAD, max_tokens=max_tokens, temperature=temperature, batch_size=batch_size
-    )
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make(**MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return make(**MODELS["llama"])
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> PreTrainedModel:
+    return make(**HYBRID)
+
+
+class Build:
+    """Engines with our tokenizer and end tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, model: PreTrainedModel, drawing: Drawing, kind: EngineKind = "cache", **more: Any) -> Engine:
+        return build_engine(model, self.tokenizer, drawing, end_ids=ENDS, kind=kind, **more)
+
+
+@pytest.fixture(scope="module")
+def build(tokenizer: PreTrainedTokenizerBase) -> Build:
+    return Build(tokenizer)
+
+
+# A naive loop
+
+
+def naive_kept(logits: Tensor, drawing: Drawing, banned: bool) -> tuple[list[int], list[float]]:
+    """The ids that can be drawn, rising, and their probabilities: one after the other, the most likely first."""
+    scores = {i: x / drawing.temperature for i, x in enumerate(logits.tolist()) if not (banned and i in ENDS)}
+    order = sorted(scores, key=lambda i: -scores[i])[: drawing.top_k or None]
+    weights = {i: math.exp(scores[i] - scores[order[0]]) for i in order}
+    whole, reached, kept = math.fsum(weights.values()), 0.0, []
+    for i in order:
+        if reached < drawing.top_p or drawing.top_p == 1.0:
+            kept.append(i)
+        reached += weights[i] / whole
+    total = math.fsum(weights[i] for i in kept)
+    return sorted(kept), [weights[i] / total for i in sorted(kept)]
 
 
 @torch.no_grad()
-def naive(model: PreTrainedModel, prompt: list[int], draws: np.ndarray, temperature: float) -> Response:
-    """One prompt at a time, the whole sequence through the model for every token, no cache, float64 sampling."""
+def naive(
+    model: PreTrainedModel,
+    prompt: list[int],
+    draws: np.ndarray,
+    drawing: Drawing,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Response:
+    """One prompt at a time, the whole sequence through the model for every token, no cache, no padding."""
     ids: list[int] = []
     logprobs: list[float] = []
-    for draw in draws:
-        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].double() / temperature
-        probabilities = logits.softmax(-1)
-        cumulative, token = 0.0, VOCABULARY - 1
-        for candidate, probability in enumerate(probabilities.tolist()):
-            cumulative += probability
-            if draw < cumulative:
-                token = candidate
-                break
-        ids.append(token)
-        logprobs.append(float(probabilities[token].log()))
-        if token == END:
-            return Response(ids, logprobs, True)
-    return Response(ids, logprobs, False)
+    supports: list[np.ndarray] = []
+    ended = False
+    for place, draw in enumerate(draws.tolist()):
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].double()
+        kept, shares = naive_kept(logits, drawing, banned=place < drawing.min_tokens - 1)
+        supports.append(np.array(kept, dtype=np.int32))
+        chosen = next((n for n, reached in enumerate(np.cumsum(shares)) if draw < reached), len(kept) - 1)
+        ids.append(kept[chosen])
+        logprobs.append(math.log(shares[chosen]))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if len(ids) >= drawing.min_tokens and (ids[-1] in ENDS or any(stop in text for stop in drawing.stop)):
+            ended = True
+            break
+    return Response(ids, logprobs, ended, supports if drawing.top_k or drawing.top_p < 1 else None)
 
 
-def test_responses_equal_those_of_a_naive_loop(model: PreTrainedModel) -> None:
-    draws = uniforms(1, 0, range(len(PROMPTS)), 12)
-    found = engine(model).generate(PROMPTS, draws)
+def assert_alike(found: Response, expected: Response) -> None:
+    assert found.ids == expected.ids
+    assert found.ended == expected.ended
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert (found.kept is None) == (expected.kept is None)
+    for mine, theirs in zip(found.kept or (), expected.kept or (), strict=True):
+        assert mine.dtype == np.int32
+        np.testing.assert_array_equal(mine, theirs)
+
+
+DRAWINGS = {
+    "plain": Drawing(12, temperature=0.8),
+    "top-k": Drawing(12, temperature=1.3, top_k=20),
+    "top-p": Drawing(12, top_p=0.7),
+    "top-k and top-p": Drawing(12, top_k=30, top_p=0.8, min_tokens=3),
+    "min_tokens": Drawing(12, min_tokens=7),
+    "stop": Drawing(12, stop=("e", "th", "你")),
+    "stop after min_tokens": Drawing(12, stop=("e", "a"), min_tokens=5),
+}
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS.values(), ids=list(DRAWINGS))
+def test_responses_equal_those_of_a_naive_loop(model: PreTrainedModel, build: Build, drawing: Drawing) -> None:
+    prompts = PROMPTS * 2
+    draws = uniforms(2, 0, range(len(prompts)), 12)  # of seed 1, one lies within rounding of the border of two tokens
+    # three rows at a time, so that prompts wait and take the places of those that are over
+    engines = [build(model, drawing, kind, batch_size=3).generate(prompts, draws) for kind in KINDS]
+    for prompt, row, ours, theirs in zip(prompts, draws, *engines, strict=True):
+        expected = naive(model, prompt, row, drawing, build.tokenizer)
+        assert_alike(ours, expected)
+        assert_alike(theirs, expected)
+
+
+def test_a_model_with_other_states_than_keys_and_values_is_run_by_generate(
+    hybrid: PreTrainedModel, build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = Drawing(8, top_p=0.9)
+    draws = uniforms(1, 0, range(5), 8)
+    found = build(hybrid, drawing, "auto", batch_size=2).generate(PROMPTS, draws)
     for prompt, row, response in zip(PROMPTS, draws, found, strict=True):
-        expected = naive(model, prompt, row, 0.8)
-        assert response.ids == expected.ids
-        assert response.ended == expected.ended
-        assert response.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert_alike(response, naive(hybrid, prompt, row, drawing, build.tokenizer))
+    build(hybrid, drawing, "auto")
+    said = capsys.readouterr().out
+    assert said.count("LinearAttention") == 1  # once, and not for each engine
+    with pytest.raises(UserError, match="engine `cache` can't run Qwen3Next"):
+        build(hybrid, drawing, "cache")
 
 
-def test_some_responses_end_early_so_that_rows_really_leave_the_batch(model: PreTrainedModel) -> None:
-    found = engine(model, max_tokens=30).generate(PROMPTS * 6, uniforms(2, 0, range(30), 30))
-    assert len({len(response.ids) for response in found}) > 3
+# What is drawn beside a response changes nothing
+
+
+def test_batch_size_and_order_change_nothing(model: PreTrainedModel, build: Build) -> None:
+    drawing = Drawing(12, temperature=0.8)
+    prompts = PROMPTS * 3
+    draws = uniforms(3, 5, range(len(prompts)), 12)
+    whole = build(model, drawing, batch_size=64).generate(prompts, draws)
+    for size in (1, 2, 4, 7):
+        assert [r.ids for r in build(model, drawing, batch_size=size).generate(prompts, draws)] == [
+            r.ids for r in whole
+        ]
+    order = list(reversed(range(len(prompts))))
+    turned = build(model, drawing).generate([prompts[i] for i in order], draws[order])
+    assert [r.ids for r in turned] == [whole[i].ids for i in order]
+    few = build(model, drawing).generate([prompts[i] for i in (4, 9)], draws[[4, 9]])
+    assert [r.ids for r in few] == [whole[4].ids, whole[9].ids]
+
+
+class Passes:
+    """Counts the forward passes of a model: rows and tokens of each."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+    def __enter__(self) -> "Passes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+
+def test_rows_that_are_over_give_their_places_to_waiting_prompts(llama: PreTrainedModel, build: Build) -> None:
+    prompts = PROMPTS * 12
+    engine = build(llama, Drawing(30), batch_size=8)
+    with Passes(llama) as passes:
+        found = engine.generate(prompts, uniforms(2, 0, range(60), 30))
+    lengths = [len(response.ids) for response in found]
+    assert len(set(lengths)) > 8  # ragged
+    steps = [rows for rows, tokens in passes.shapes if tokens == 1]
+    assert max(rows for rows, _ in passes.shapes) <= 8
+    assert max(rows for rows, tokens in passes.shapes if tokens > 1) == 8
+    work = sum(lengths) - len(lengths)  # the first tokens come from the prefill
+    assert work <= sum(steps) <= 1.15 * work
     for response in found:
-        assert (END in response.ids) == response.ended
-        assert END not in response.ids[:-1]
+        assert response.ended == (response.ids[-1] in ENDS)
+        assert not set(response.ids[:-1]) & set(ENDS)
         assert response.ended or len(response.ids) == 30
 
 
-def test_batch_size_and_order_change_nothing(model: PreTrainedModel) -> None:
-    prompts = PROMPTS * 3
-    draws = uniforms(3, 5, range(len(prompts)), 12)
-    whole = engine(model, batch_size=64).generate(prompts, draws)
-    for size in (1, 4):
-        assert [r.ids for r in engine(model, batch_size=size).generate(prompts, draws)] == [r.ids for r in whole]
-    order = list(reversed(range(len(prompts))))
-    turned = engine(model).generate([prompts[i] for i in order], draws[order])
-    assert [r.ids for r in turned] == [whole[i].ids for i in order]
+def test_progress_is_told_how_many_are_over(llama: PreTrainedModel, build: Build) -> None:
+    for kind in KINDS:
+        told: list[int] = []
+        build(llama, Drawing(20), kind, batch_size=4, progress=told.append).generate(
+            PROMPTS * 4, uniforms(2, 0, range(20), 20)
+        )
+        assert told == sorted(set(told))
+        assert told[-1] == 20
+        assert len(told) > 3
 
 
-def test_the_draws_of_an_episode_do_not_depend_on_its_neighbours() -> None:
-    whole = uniforms(7, 2, range(10), 6)
-    np.testing.assert_array_equal(uniforms(7, 2, [4], 6)[0], whole[4])
-    np.testing.assert_array_equal(uniforms(7, 2, [9, 1], 6), whole[[9, 1]])
-    assert not np.array_equal(uniforms(7, 3, [4], 6)[0], whole[4])
-    assert not np.array_equal(uniforms(8, 2, [4], 6)[0], whole[4])
-    assert whole.min() >= 0.0
-    assert whole.max() < 1.0
+def test_log_probabilities_are_those_of_one_plain_pass(model: PreTrainedModel, build: Build) -> None:
+    drawing = Drawing(25, temperature=0.7, top_k=50, top_p=0.95)
+    found = build(model, drawing, batch_size=4).generate(PROMPTS * 3, uniforms(4, 0, range(15), 25))
+    for prompt, response in zip(PROMPTS * 3, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response.ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        for row, token, logprob, kept in zip(
+            logits.double() / 0.7, response.ids, response.logprobs, response.kept or [], strict=True
+        ):
+            over_kept = row[kept.tolist()]
+            assert float(over_kept.logsumexp(0)) < float(row.logsumexp(0))
+            assert logprob == pytest.approx(float(row[token] - over_kept.logsumexp(0)), abs=1e-4)
 
 
-def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    n = 100_000
-    tokens, logprobs = draw_tokens(logits.expand(n, -1), torch.from_numpy(np.random.default_rng(0).random(n)), 0.5)
-    expected = (logits / 0.5).softmax(-1)
-    share = torch.bincount(tokens, minlength=4) / n
-    torch.testing.assert_close(share, expected, atol=0.005, rtol=0)
-    torch.testing.assert_close(logprobs, expected.log()[tokens])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.3), (torch.float64, 1e-6)])
+def test_other_precisions(build: Build, dtype: torch.dtype, tolerance: float) -> None:
+    for name in ("qwen3 local", "gpt2"):
+        model = make(**MODELS[name]).to(dtype)
+        found = build(model, Drawing(12), batch_size=3).generate(PROMPTS, uniforms(1, 0, range(5), 12))
+        for prompt, response in zip(PROMPTS, found, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response.ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected = logits.double().log_softmax(-1).gather(1, torch.tensor(response.ids)[:, None])[:, 0]
+            assert response.logprobs == pytest.approx(expected.tolist(), abs=tolerance)
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
-    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, -1)
-    tokens, _ = draw_tokens(logits, torch.tensor([0.0, 0.5, 1.0 - 1e-12], dtype=torch.float64), 1.0)
-    assert set(tokens.tolist()) <= {1, 3}
+# The model is left as it was found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_and_generation_configuration_are_left_alone(build: Build, kind: EngineKind) -> None:
+    model = make(**{**MODELS["gpt2"], "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})
+    model.generation_config.repetition_penalty = 5.0  # as some models are saved; the draws must not know
+    model.generation_config.eos_token_id = 7
+    own = model.generation_config
+    draws = uniforms(1, 0, range(5), 12)
+    expected = [
+        naive(model, prompt, row, Drawing(12), build.tokenizer) for prompt, row in zip(PROMPTS, draws, strict=True)
+    ]
+    model.train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    found = build(model, Drawing(12), kind).generate(PROMPTS, draws)
+    assert [module.training for module in model.modules()] == before
+    assert model.generation_config is own
+    for response, right in zip(found, expected, strict=True):
+        assert_alike(response, right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_run_with_their_base(build: Build, kind: EngineKind) -> None:
+    base = make(**MODELS["llama"])
+    own = base.generation_config
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    draws = uniforms(1, 0, range(5), 12)
+    found = build(model, Drawing(12), kind, batch_size=2).generate(PROMPTS, draws)
+    for prompt, row, response in zip(PROMPTS, draws, found, strict=True):
+        assert_alike(response, naive(model, prompt, row, Drawing(12), build.tokenizer))
+    assert base.generation_config is own
+
+
+def tensors_of(model: PreTrainedModel) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_after_a_rollout(build: Build, kind: EngineKind) -> None:
+    # its rotary embedding replaces a buffer of its own as soon as a sequence is longer than the context
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make(**MODELS["llama"], max_position_embeddings=16, rope_parameters=rope)
+    build(model, Drawing(24), kind).generate(PROMPTS, uniforms(1, 0, range(5), 24))
+    assert not any(tensor.is_inference() for tensor in tensors_of(model))
+    model.train()
+    loss = model(torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# What can't be done
+
+
+def test_what_no_engine_can_run_is_named(build: Build) -> None:
+    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes))
+    with pytest.raises(UserError, match=r"`cache` can't run T5.*; the engine `generate` can't run T5"):
+        build(t5, Drawing(4), "auto")
+
+
+def test_weights_that_are_no_numbers_stop_the_stage(build: Build) -> None:
+    for kind in KINDS:
+        model = make(**MODELS["llama"])
+        engine = build(model, Drawing(4), kind)
+        model.lm_head.weight.data[5] = float("nan")
+        with pytest.raises(StageFailed, match="not finite"):
+            engine.generate(PROMPTS, uniforms(1, 0, range(5), 4))
+        with pytest.raises(StageFailed, match="not finite"):
+            build(model, Drawing(4), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_and_draws_must_fit(llama: PreTrainedModel, build: Build, kind: EngineKind) -> None:
+    engine = build(llama, Drawing(4), kind)
+    with pytest.raises(ValueError, match="uniforms are"):
+        engine.generate(PROMPTS, uniforms(1, 0, range(5), 3))
+    with pytest.raises(ValueError, match="prompt 1 has no token"):
+        engine.generate([[1], []], uniforms(1, 0, range(2), 4))
+    assert engine.generate([], uniforms(1, 0, [], 4)) == []
+
+
+def test_a_stop_string_may_be_a_special_token(llama: PreTrainedModel, build: Build) -> None:
+    special = build.tokenizer.convert_ids_to_tokens(5)
+    drawing = Drawing(40, stop=(special,), temperature=3.0)
+    engine = CacheEngine(llama, build.tokenizer, drawing, end_ids=())
+    found = engine.generate(PROMPTS * 8, uniforms(1, 0, range(40), 40))
+    assert any(response.ids[-1] == 5 and response.ended for response in found)
+    assert not any(5 in response.ids[:-1] for response in found)
+
+
+def lengths(responses: Sequence[Response]) -> list[int]:
+    return [len(response.ids) for response in responses]
+
+
+def test_without_end_tokens_every_response_is_as_long_as_can_be(llama: PreTrainedModel, build: Build) -> None:
+    engine = build_engine(llama, build.tokenizer, Drawing(6), end_ids=())
+    found = engine.generate(PROMPTS, uniforms(1, 0, range(5), 6))
+    assert lengths(found) == [6] * 5
+    assert not any(response.ended for response in found)

@@ -4,12 +4,15 @@ Legend: B episodes, T response tokens (padded on the right), all tensors [B, T] 
 True counts. Position t of a response is the action "emit token t"; its value is that of the state before token t.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.functional.masked import masked_mean, masked_sum, widened
+
+Estimator = Literal["k1", "k2", "k3"]
 
 
 class Advantages(NamedTuple):
@@ -45,12 +48,12 @@ def last_counted(mask: Tensor) -> Tensor:
     return torch.where(mask, positions, -1).amax(-1)
 
 
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Reward of each token: minus the KL penalty everywhere, plus the episode's score [B] on its last real token.
+def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
+    """Reward of each token: minus its penalty [B, T], plus the episode's score [B] on its last real token.
 
     Ziegler et al. 2019 (arXiv:1909.08593), section 2: R = r - beta * log(pi/rho), spread over the tokens.
     """
-    rewards = torch.where(mask, -kl_coefficient * kl, 0.0)
+    rewards = torch.where(mask, -penalties, 0.0)
     return rewards.scatter_add(1, last_counted(mask).unsqueeze(1), scores.to(rewards.dtype).unsqueeze(1))
 
 
@@ -74,14 +77,30 @@ def generalised_advantages(
     return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_ratio: float) -> Loss:
-    """The clipped surrogate objective, Schulman et al. 2017 (arXiv:1707.06347), equation 7, negated and summed."""
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_ratio: float,
+    dual_clip: float | None = None,
+) -> Loss:
+    """The clipped surrogate objective, Schulman et al. 2017 (arXiv:1707.06347), equation 7, negated and summed.
+
+    With `dual_clip` c > 1 the objective of a token with a negative advantage is at least c times that, however large
+    its ratio (Ye et al. 2020, arXiv:1912.09729, equation 5).
+    """
     logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     free = -advantages * ratio
     bounded = -advantages * ratio.clamp(1.0 - clip_ratio, 1.0 + clip_ratio)
-    return Loss(masked_sum(torch.maximum(free, bounded), mask), masked_mean((bounded > free).float(), mask))
+    losses, stopped = torch.maximum(free, bounded), bounded > free
+    if dual_clip is not None:
+        most = -advantages * dual_clip
+        far = (advantages < 0) & (losses > most)
+        losses, stopped = torch.where(far, most, losses), stopped | far
+    return Loss(masked_sum(losses, mask), masked_mean(stopped.float(), mask))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_value: float) -> Loss:
@@ -103,11 +122,50 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1.0 - (kept_returns - kept_values).var(correction=0) / variance.clamp(min=1e-12)
 
 
-def kl_estimate_k3(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """A KL estimate of each token that is never negative: r - 1 - log r with r = old/new (Schulman's k3), nats.
+def kl_estimate(logprobs: Tensor, other: Tensor, estimator: Estimator) -> Tensor:
+    """An estimate of each token's KL(policy || other), nats, from log-probabilities of tokens that the policy drew.
 
-    Unbiased for KL(sampling policy || other) where the tokens were drawn from the policy that `old_logprobs` is of:
-    here r is the other's probability over the sampler's.
+    Schulman 2020, "Approximating KL divergence", with r = other / policy: k1 = -log r, unbiased; k2 = (log r)^2 / 2,
+    biased, of little variance; k3 = r - 1 - log r, unbiased and never negative.
     """
-    log_ratio = logprobs - old_logprobs
+    log_ratio = other - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
     return log_ratio.exp() - 1.0 - log_ratio
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:
+    """The KL coefficient after so many episodes with a mean KL (nats an episode), drawn towards the target.
+
+    Ziegler et al. 2019 (arXiv:1909.08593), section 2.2: the relative error is cut to within 20 %.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * episodes / horizon)
+
+
+class RunningMoments(NamedTuple):
+    """Count, mean and sum of squared deviations of all numbers so far, float64."""
+
+    n: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def with_values(self, values: list[float]) -> "RunningMoments":
+        """With some more numbers (Chan, Golub and LeVeque 1979: nothing cancels)."""
+        if not values:
+            return self
+        mean = math.fsum(values) / len(values)
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        n, apart = self.n + len(values), mean - self.mean
+        return RunningMoments(
+            n,
+            self.mean + apart * len(values) / n,
+            self.squares + squares + apart**2 * self.n * len(values) / n,
+        )
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the population; 0 where there is none."""
+        return math.sqrt(self.squares / self.n) if self.n else 0.0

@@ -3,7 +3,7 @@
 from rlhf.judge.classifier import ClassifierJudge
 from rlhf.judge.function import FunctionJudge
 from rlhf.judge.heads import RewardModelJudge, head_scores, score_means
-from rlhf.judge.protocol import Conversation, Judge, Part, Scores, WeightedSum, mean_figures
+from rlhf.judge.protocol import Conversation, Judge, Part, Scores, WeightedSum, judge_models, mean_figures
 
 __all__ = [
     "ClassifierJudge",
@@ -15,6 +15,7 @@ __all__ = [
     "Scores",
     "WeightedSum",
     "head_scores",
+    "judge_models",
     "mean_figures",
     "score_means",
 ]

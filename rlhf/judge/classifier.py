@@ -41,7 +41,7 @@ class ClassifierJudge:
 
         Raises UserError where the template, the tokenizer, the label or the penalty can't be used.
         """
-        self._name, self._model, self._tokenizer = name, model.eval(), tokenizer
+        self._name, self.model, self._tokenizer = name, model.eval(), tokenizer
         if isinstance(tokenizer.chat_template, dict):  # several, by name
             tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template and not tokenizer.is_fast:
@@ -61,8 +61,8 @@ class ClassifierJudge:
     def scores(self, conversations: Sequence[Conversation]) -> Scores:
         """See Judge."""
         rows, cut = self._rows([(c.prompt, c.response) for c in conversations])
-        logits = batched_logits(self._model, rows, self._budget)
-        found = scores_of(self._model, logits, self._penalty) if self._label is None else self._of_label(logits)
+        logits = batched_logits(self.model, rows, self._budget)
+        found = scores_of(self.model, logits, self._penalty) if self._label is None else self._of_label(logits)
         if any(cut) and not self._said:
             self._said = True
             log(
@@ -83,7 +83,7 @@ class ClassifierJudge:
     def _of_label(self, logits: Sequence[Sequence[float]]) -> Scores:
         assert self._label is not None
         outputs = torch.tensor(logits, dtype=torch.float64)
-        exclusive = self._model.config.problem_type in (None, "single_label_classification")
+        exclusive = self.model.config.problem_type in (None, "single_label_classification")
         values = (log_odds(outputs, self._label) if exclusive else outputs[:, self._label]).tolist()
         check_finite(self._name, values)
         return Scores(values)
@@ -91,12 +91,12 @@ class ClassifierJudge:
     def _padding_is_harmless(self, rows: Sequence[Row]) -> bool:
         """Whether a short conversation has the same outputs beside a long one as alone, but for rounding."""
         try:
-            alone, together = (torch.tensor(batched_logits(self._model, rows, b)) for b in (1, TOKEN_BUDGET))
+            alone, together = (torch.tensor(batched_logits(self.model, rows, b)) for b in (1, TOKEN_BUDGET))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model raises that isn't made for this
             raise UserError(f"{self._name}: it can't read a conversation: {type(error).__name__}: {error}") from None
-        tolerance = torch.finfo(self._model.dtype).eps ** 0.5
+        tolerance = torch.finfo(self.model.dtype).eps ** 0.5
         return bool(((alone - together).abs() <= tolerance * (1 + alone.abs())).all())
 
 

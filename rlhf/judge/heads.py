@@ -20,13 +20,13 @@ class RewardModelJudge:
     """
 
     def __init__(self, model: PreTrainedModel, uncertainty_penalty: float = 0.0) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self._penalty = checked_penalty(f"the reward model {model.name_or_path}", model, uncertainty_penalty)
 
     def scores(self, conversations: Sequence[Conversation]) -> Scores:
         """See Judge."""
-        logits = head_scores(self._model, [c.ids for c in conversations])
-        return scores_of(self._model, logits, self._penalty)
+        logits = head_scores(self.model, [c.ids for c in conversations])
+        return scores_of(self.model, logits, self._penalty)
 
 
 def checked_penalty(name: str, model: PreTrainedModel, penalty: float) -> float:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rlhf.errors import StageFailed
 from rlhf.tokenizer import Messages
@@ -68,6 +68,11 @@ class WeightedSum:
             figures |= {f"{name}_{figure}": values for figure, values in found.figures.items()}
             totals = [total + weight * value for total, value in zip(totals, found.values, strict=True)]
         return Scores(totals, figures)
+
+
+def judge_models(judge: Any) -> list[tuple[str, Any]]:
+    """The models behind a judge, by the names of its parts."""
+    return [(part.name, part.judge.model) for part in getattr(judge, "parts", ()) if hasattr(part.judge, "model")]
 
 
 def check_finite(who: str, values: Sequence[float]) -> None:

@@ -1,0 +1,96 @@
+"""What a causal LM says of given tokens: log-probabilities and entropies, with logits only where they are needed.
+
+Legend: N tokens, H width of a hidden state, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rlhf.functional.masked import widened
+
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB as float32: more tokens than that are read in parts
+SPLIT_TOLERANCE = 1e-3
+
+Hide = Callable[[Tensor, int], Tensor]  # (logits of the tokens from a place on, the place) -> with some at -inf
+
+
+class Likelihood(NamedTuple):
+    """Of N tokens, at least float32, nats."""
+
+    logprobs: Tensor  # [N]
+    entropy: Tensor  # [N] of the distribution that each token stands in
+
+
+class TokenReader:
+    """Reads tokens' log-probabilities from a causal LM in two steps: states of all positions, then logits of some."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._head: nn.Module | None = model.get_output_embeddings() if head_stands_apart(model) else None
+
+    @property
+    def apart(self) -> bool:
+        """Whether what `states` gives are hidden states."""
+        return self._head is not None
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Hidden states [B, L, H] of ids [B, L] with any padding on the right; logits where no head stands apart."""
+        if self._head is None:
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            return logits
+        states: Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    def read(self, states: Tensor, tokens: Tensor, temperature: float = 1.0, hide: Hide | None = None) -> Likelihood:
+        """Likelihood of tokens [N] at the states [N, ...] before them.
+
+        Where gradients are taken, the logits of each part are made again for the backward pass instead of being held.
+        """
+        size = self._model.config.get_text_config().vocab_size
+        step = max(1, LOGITS_AT_ONCE // size)
+        if len(states) <= step:
+            return Likelihood(*self._part(states, tokens, 0, temperature, hide))
+        found = []
+        for start in range(0, len(states), step):
+            part = (states[start : start + step], tokens[start : start + step], start, temperature, hide)
+            again = torch.is_grad_enabled()
+            found.append(
+                checkpoint(self._part, *part, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else self._part(*part)
+            )
+        return Likelihood(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+    def _part(
+        self, states: Tensor, tokens: Tensor, start: int, temperature: float, hide: Hide | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = widened(states if self._head is None else self._head(states)) / temperature
+        if hide:
+            logits = hide(logits, start)
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        real = torch.where(logits == float("-inf"), 0.0, logprobs) if hide else logprobs  # p log p is 0 where p is
+        return chosen, -(logprobs.exp() * real).sum(-1)
+
+
+@torch.no_grad()
+def head_stands_apart(model: PreTrainedModel) -> bool:
+    """Whether the logits are the output head of the last hidden states and nothing else: tried on a few tokens.
+
+    Some models cap or scale their logits behind the head; those are read whole.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    try:
+        apart = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        whole = model(input_ids=ids, use_cache=False).logits
+    except (TypeError, AttributeError):
+        return False
+    return apart.shape == whole.shape and torch.allclose(apart, whole, rtol=SPLIT_TOLERANCE, atol=SPLIT_TOLERANCE)

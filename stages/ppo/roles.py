@@ -1,0 +1,260 @@
+"""The roles of PPO - policy, critic, reference, judge - and the three ways of laying them out.
+
+    full       four models: the policy and the critic learn, the reference and the judge are frozen
+    shared     policy and critic on one trunk, the critic being a value head; reference and judge as in full
+    adapters   one frozen base: policy and critic are low-rank adapters on it, and so is a reward model that was trained
+               with `lora` on that base; the reference is the base without any
+
+What learns is one module, `Actors`, whose forward pass gives everything that the loss needs: processes that share a
+gradient see one forward pass for one backward pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.functional.masked import widened
+from rlhf.judge import Judge
+from rlhf.likelihood import Hide, TokenReader
+from rlhf.model import Critic, last_norm
+from stages.lora import merged_in_place, using_adapter
+from stages.ppo.episodes import Trajectory
+
+
+class Outputs(NamedTuple):
+    """What the actors say of a trajectory's response tokens, [B, T], zero behind the mask."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class Actors(nn.Module):
+    """What learns: the policy, whose logits are divided by the temperature, and the critic.
+
+    `end_ids` can't be drawn at the first `least` - 1 tokens of a response.
+    """
+
+    policy: PreTrainedModel
+    _reader: TokenReader
+
+    def __init__(self, temperature: float, end_ids: list[int], least: int) -> None:
+        super().__init__()
+        self._temperature, self._end_ids, self._least = temperature, end_ids, least
+
+    def forward(self, rows: Trajectory | None = None, texts: Tensor | None = None) -> Outputs | Tensor:
+        """What both say of the rows; or the policy's nats for texts [n, L + 1], all but their first tokens, summed."""
+        if rows is None:
+            assert texts is not None
+            states = self.policy_states(texts[:, :-1])
+            return -self._reader.read(states.flatten(0, 1), texts[:, 1:].flatten()).logprobs.sum()
+        states = self.policy_states(rows.ids)
+        return Outputs(*self.read(self._reader, states, rows), self.values(rows, states))
+
+    def policy_states(self, ids: Tensor) -> Tensor:
+        """What the policy's log-probabilities are read from, at all positions of ids [B, L]."""
+        return self._reader.states(ids)
+
+    def values(self, rows: Trajectory, policy_states: Tensor | None = None) -> Tensor:
+        """The critic's values [B, T] of the states before each of the response's tokens.
+
+        A critic on the policy's trunk uses the policy's states, where they are at hand.
+        """
+        raise NotImplementedError
+
+    def _trunk(self, ids: Tensor) -> Tensor:
+        """The last hidden states [B, L, H] of the policy's body."""
+        states: Tensor = self.policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    def drawing(self) -> AbstractContextManager[PreTrainedModel]:
+        """The policy as a causal LM to draw from, within."""
+        return nullcontext(self.policy)
+
+    def plain_policy(self) -> PreTrainedModel:
+        """The policy as a plain model, to be saved; nothing can be learned afterwards."""
+        return self.policy
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Those that the policy's optimiser moves."""
+        raise NotImplementedError
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those that the critic's optimiser moves."""
+        raise NotImplementedError
+
+    def read(self, reader: TokenReader, states: Tensor, rows: Trajectory) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [B, T] of the response's tokens, from states [B, L, H] of all positions."""
+        before, tokens = _before(states, rows)[rows.mask], rows.tokens()[rows.mask]
+        found = reader.read(before, tokens, self._temperature, self._hide(rows))
+        return _spread(found.logprobs, rows.mask), _spread(found.entropy, rows.mask)
+
+    def _hide(self, rows: Trajectory) -> Hide | None:
+        support, least = rows.allowed(), self._least
+        if support:
+            return support.hide_others  # the ends are not in it where they were banned
+        if least == 1:
+            return None
+        early = (torch.arange(rows.mask.shape[1], device=rows.ids.device) < least - 1).expand_as(rows.mask)[rows.mask]
+        ends = torch.tensor(self._end_ids, device=rows.ids.device)
+
+        def hide(logits: Tensor, start: int) -> Tensor:
+            banned = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            banned[:, ends] = early[start : start + len(logits)].unsqueeze(1)
+            return logits.masked_fill(banned, float("-inf"))
+
+        return hide
+
+
+def _before(values: Tensor, rows: Trajectory) -> Tensor:
+    """[B, T, ...] of [B, L, ...]: what stands at the place before each of the response's tokens."""
+    places = rows.places(-1)
+    return values[torch.arange(len(places), device=places.device).unsqueeze(1), places]
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] of the places that count, as [B, T] with zeros elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class FullActors(Actors):
+    """Two models."""
+
+    def __init__(
+        self, policy: PreTrainedModel, critic: Critic, temperature: float, end_ids: list[int], least: int
+    ) -> None:
+        super().__init__(temperature, end_ids, least)
+        self.policy, self.critic = policy, critic
+        self._reader = TokenReader(policy)
+
+    def values(self, rows: Trajectory, policy_states: Tensor | None = None) -> Tensor:
+        """See Actors."""
+        return torch.where(rows.mask, _before(self.critic(rows.ids), rows), 0.0)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """See Actors."""
+        return list(self.policy.parameters())
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """See Actors."""
+        return list(self.critic.parameters())
+
+
+class ValueHead(nn.Module):
+    """A value of each state, zero at first.
+
+    It reads states of size 1, whatever gain the model's last norm has: behind a small one it would learn slowly.
+    """
+
+    def __init__(self, like: PreTrainedModel) -> None:
+        super().__init__()
+        self.scale = 1.0 / float(last_norm(like).weight.detach().double().square().mean().sqrt())
+        self.layer = nn.Linear(like.config.get_text_config().hidden_size, 1, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Values [...], at least float32, of states [..., H]."""
+        return widened(self.layer(states * self.scale).squeeze(-1))
+
+    @torch.no_grad()
+    def begin_as(self, weight: Tensor, bias: float) -> None:
+        """Gives the values `states @ weight + bias`, of weight [H]."""
+        self.layer.weight.copy_(weight.unsqueeze(0) / self.scale)
+        self.layer.bias.fill_(bias)
+
+
+class SharedActors(Actors):
+    """One trunk with the policy's head and a value head."""
+
+    def __init__(self, policy: PreTrainedModel, temperature: float, end_ids: list[int], least: int) -> None:
+        super().__init__(temperature, end_ids, least)
+        self.policy, self.head = policy, ValueHead(policy)
+        self._reader = TokenReader(policy)
+
+    def values(self, rows: Trajectory, policy_states: Tensor | None = None) -> Tensor:
+        """See Actors."""
+        states = policy_states if policy_states is not None and self._reader.apart else self._trunk(rows.ids)
+        return torch.where(rows.mask, self.head(_before(states, rows)), 0.0)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """See Actors: the trunk's, which the value loss moves too."""
+        return list(self.policy.parameters())
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """See Actors."""
+        return list(self.head.parameters())
+
+
+class AdapterActors(Actors):
+    """Two adapters on one frozen base; `base` is a causal LM in which adapters POLICY and CRITIC have been put."""
+
+    def __init__(self, base: PreTrainedModel, temperature: float, end_ids: list[int], least: int) -> None:
+        super().__init__(temperature, end_ids, least)
+        self.policy, self.head = base, ValueHead(base)
+        with using_adapter(base, None):
+            self._reader = TokenReader(base)
+
+    def policy_states(self, ids: Tensor) -> Tensor:
+        """See Actors."""
+        with using_adapter(self.policy, POLICY):
+            return self._reader.states(ids)
+
+    def values(self, rows: Trajectory, policy_states: Tensor | None = None) -> Tensor:
+        """See Actors."""
+        with using_adapter(self.policy, CRITIC):
+            states = self._trunk(rows.ids)
+        return torch.where(rows.mask, self.head(_before(states, rows)), 0.0)
+
+    @contextmanager
+    def drawing(self) -> Iterator[PreTrainedModel]:
+        """See Actors."""
+        with using_adapter(self.policy, POLICY):
+            yield self.policy
+
+    def plain_policy(self) -> PreTrainedModel:
+        """See Actors."""
+        return merged_in_place(self.policy, POLICY)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """See Actors."""
+        return [p for name, p in self.policy.named_parameters() if f".{POLICY}." in name]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """See Actors."""
+        found = [p for name, p in self.policy.named_parameters() if f".{CRITIC}." in name]
+        return [*found, *self.head.parameters()]
+
+
+POLICY, CRITIC, REWARD = "policy", "critic", "reward"  # names of adapters
+
+
+class Reference:
+    """The model that the policy started from."""
+
+    def __init__(self, model: PreTrainedModel, *, without_adapters: bool = False) -> None:
+        self.model, self._plain = model, without_adapters
+        with self._as_it_was():
+            self._reader = TokenReader(model)
+
+    def _as_it_was(self) -> AbstractContextManager[None]:
+        return using_adapter(self.model, None) if self._plain else nullcontext()
+
+    @torch.inference_mode()
+    def logprobs(self, actors: Actors, rows: Trajectory) -> Tensor:
+        """Log-probabilities [B, T] of the response's tokens, among those that the policy could draw."""
+        with self._as_it_was():
+            return actors.read(self._reader, self._reader.states(rows.ids), rows)[0]
+
+
+class Roles(NamedTuple):
+    """The models of PPO."""
+
+    actors: Actors
+    reference: Reference
+    judge: Judge
+    second_judge: Judge | None

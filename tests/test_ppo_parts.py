@@ -1,0 +1,236 @@
+"""What PPO consists of beside its arithmetic: microbatches, the policy that is kept, the doctor, adapters."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rlhf.recipe import PpoSection
+from rlhf.rollout import Response
+from stages.ppo.course import best_of_points
+from stages.ppo.doctor import KNOWN, Doctor
+from stages.ppo.episodes import Episode, Prompt, microbatches_of
+from stages.ppo.keep import Keeper, Point, choose
+from tests.conftest import TINY_RECIPE, rlhf
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_microbatches_hold_every_row_once_within_the_budget(ranks: int) -> None:
+    lengths = [random.Random(3).randint(5, 60) for _ in range(40)]
+    parts = microbatches_of(lengths, tokens=130, most=4, ranks=ranks)
+    assert sorted(row for part in parts for row in part) == list(range(40))
+    for part in parts:
+        for rank in range(ranks):
+            mine = part[rank::ranks]
+            assert len(mine) <= 4
+            assert len(mine) * max(lengths[row] for row in part) <= 130
+    assert microbatches_of([50, 70], tokens=10, most=9, ranks=1) == [[1], [0]]  # a row that is too long stands alone
+
+
+# Which policy is kept
+
+COURSE = [
+    Point(0, 0.0, 0.1, 0.2, 0.9, 10.0),
+    Point(5, 1.0, 0.5, 0.9, 0.1, 10.0),
+    Point(10, 2.0, 0.8, 0.9, 0.2, 10.0),
+    Point(15, 4.0, 1.5, 0.3, 0.3, 10.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "budget", "expected"),
+    [
+        ("score", None, 15),
+        ("score", 2.0, 10),
+        ("score", 0.5, 0),
+        ("second_judge", None, 5),  # the first of equal ones
+        ("second_judge", 0.5, 0),
+        ("last", None, 15),
+        ("last", 3.0, 10),
+    ],
+)
+def test_the_rule_chooses_by_judges_and_kl_alone(rule: str, budget: float | None, expected: int) -> None:
+    assert choose(COURSE, rule, budget).update == expected
+    turned = [point._replace(gold=None if point.update else 5.0) for point in COURSE]
+    assert choose(turned, rule, budget).update == expected
+
+
+class FakeActors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.critic = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return list(self.policy.parameters())
+
+
+def test_the_weights_that_are_kept_are_those_of_the_best_point(tmp_path: Path) -> None:
+    section = PpoSection.model_validate(
+        {
+            "prompts": [{"builtin": "tinyworld"}],
+            "test_prompts": [{"builtin": "tinyworld"}],
+            "updates": 1,
+            "episodes_per_update": 4,
+            "sampling": {"max_tokens": 4},
+            "learning_rate": 1.0,
+        }
+    )
+    actors: Any = FakeActors()
+    checkpoints = tmp_path / "checkpoints"
+    keeper = Keeper(section, actors, tmp_path / "kept", checkpoints, writes=True)
+    scores = [0.0, 1.0, 3.0, 2.0, 4.0, 1.0]
+    for update, score in enumerate(scores):
+        nn.init.constant_(actors.policy.weight, float(update))
+        nn.init.constant_(actors.critic.weight, float(update))
+        if update == 3:  # from here on a run goes on at update 3 at the earliest
+            (checkpoints / "step-3").mkdir(parents=True)
+        assert keeper.add(Point(update, 0.0, score, None, None, 1.0)) == (update in (0, 1, 2, 4))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "update-2.safetensors",
+        "update-4.safetensors",
+    ]
+    assert set(load_file(tmp_path / "kept/update-4.safetensors")) == {"policy.weight", "policy.bias"}
+    again = Keeper(section, actors, tmp_path / "kept", checkpoints, writes=True)
+    again.load(json.loads(json.dumps(keeper.state())))
+    assert again.restore().update == 4
+    assert actors.policy.weight[0, 0].item() == 4.0
+    assert actors.critic.weight[0, 0].item() == 5.0  # the critic isn't kept
+
+
+def test_best_of_n_takes_the_best_by_score_and_tells_its_gold() -> None:
+    def episode(score: float, gold: float | None) -> Episode:
+        return Episode(Prompt([], []), Response([1], [0.0], True), score, {}, gold, [], [])
+
+    points = best_of_points([[episode(1.0, 0.0), episode(0.0, 1.0)], [episode(5.0, 0.5), episode(7.0, 0.3)]])
+    assert [(point.n, point.score, point.gold) for point in points] == [(1, 3.25, 0.45), (2, 4.0, 0.15)]
+    assert best_of_points([[episode(1.0, None), episode(0.0, None)]])[0].gold is None
+
+
+# The doctor
+
+HEALTHY = {
+    "score": 0.1,
+    "score_deviation": 1.0,
+    "score_length_correlation": 0.2,
+    "kl": 0.5,
+    "kl_coefficient": 0.05,
+    "approximate_kl": 0.01,
+    "clip_fraction": 0.05,
+    "policy_gradient_norm": 0.4,
+    "value_gradient_norm": 0.4,
+    "entropy": 0.4,
+    "response_tokens": 14.0,
+    "ended": 1.0,
+    "misplaced": 0.0,
+    "drift": 1e-6,
+    "explained_variance": 0.3,
+}
+
+
+def findings_of(updates: list[dict[str, float]], off: tuple[str, ...] = ()) -> dict[str, list[int]]:
+    doctor = Doctor(off)
+    for number, figures in enumerate(updates, 1):
+        doctor.look(number, HEALTHY | figures)
+    return doctor.found
+
+
+def test_it_looks_at_what_there_is() -> None:
+    assert set(KNOWN) == set(HEALTHY)
+
+
+def test_it_is_silent_while_all_is_well() -> None:
+    course = [
+        {"score": 0.05 * i, "kl": 0.12 * i, "entropy": 0.4 - 0.014 * i, "response_tokens": 13.0 + 0.2 * i}
+        for i in range(20)
+    ]
+    course[0]["explained_variance"] = -0.4  # a critic begins so
+    assert findings_of(course) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "course"),
+    [
+        ("steps_too_large", [{"approximate_kl": 0.3}]),
+        ("steps_too_large", [{"clip_fraction": 0.6}]),
+        ("steps_too_large", [*[{}] * 5, {"policy_gradient_norm": 30.0}]),
+        ("kl_runs_away", [{"kl": 40.0}]),
+        ("kl_costs_nothing", [{"kl_coefficient": 0.0, "kl": 0.4 * i} for i in range(1, 7)]),
+        ("kl_negative", [{"kl": -0.5}] * 3),
+        ("entropy_collapses", [{}, {"entropy": 0.01}]),
+        ("score_follows_length", [{}, *[{"response_tokens": 20.0, "score_length_correlation": 0.9}] * 3]),
+        ("longer_for_nothing", [*[{}] * 4, {"response_tokens": 24.0}]),
+        ("never_ends", [{"ended": 0.1}] * 2),
+        ("critic_explains_nothing", [{"explained_variance": -0.2}] * 10),
+        ("judge_is_constant", [{"score_deviation": 0.0}]),
+        ("tokens_misplaced", [{"misplaced": 1.0}]),
+        ("rollout_drifts", [{"drift": 0.2}]),
+    ],
+)
+def test_it_names_what_is_wrong(name: str, course: list[dict[str, float]]) -> None:
+    found = findings_of(course)
+    assert set(found) == {name}
+    assert found[name][-1] == len(course)
+    assert findings_of(course, off=(name,)) == {}
+
+
+def test_it_goes_on_from_its_state() -> None:
+    doctor = Doctor()
+    for number in range(9):
+        doctor.look(number, HEALTHY | {"explained_variance": -1.0})
+    other = Doctor()
+    other.load(json.loads(json.dumps(doctor.state())))
+    assert [finding.name for finding in other.look(10, HEALTHY | {"explained_variance": -1.0})] == [
+        "critic_explains_nothing"
+    ]
+
+
+# In real runs
+
+
+def with_chain(finished_chain: Path, folder: Path, *stages: str) -> Path:
+    for stage in stages:
+        shutil.copytree(finished_chain / "runs/tiny" / stage, folder / "runs/tiny" / stage)
+    return folder / "runs/tiny"
+
+
+def test_adapters_stand_on_one_base_with_the_reward_model(finished_chain: Path, tmp_path: Path) -> None:
+    run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft")
+    common = ("--recipe", str(TINY_RECIPE), "reward.lora={rank: 4}", "ppo.learning_rate=1e-9", "ppo.keep.rule=last")
+    rlhf("run", "reward", *common, cwd=tmp_path)
+    rlhf("run", "ppo", *common, cwd=tmp_path)
+    full = json.loads((run / "ppo/summary.json").read_text())
+    said = rlhf("run", "ppo", *common, "ppo.layout=adapters", cwd=tmp_path)
+    found = json.loads((run / "ppo/summary.json").read_text())
+    assert "the critic is an adapter that starts as the reward model" in said
+    assert "reference: on the policy's weights, 0 MiB" in said
+    for figure in ("score_before", "score_after", "gold_after"):  # the judge is the one that stands by itself in `full`
+        assert found[figure] == pytest.approx(full[figure], abs=2e-3)
+    explained = []
+    for stage in ("ppo", "ppo.stale-1"):
+        lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+        explained.append(next(line["explained_variance"] for line in lines if line["update"] == 1))
+    assert explained[0] == pytest.approx(explained[1], abs=1e-3)  # the critics are alike
+    saved = load_file(run / "ppo/model/model.safetensors")
+    before = load_file(run / "sft/model/model.safetensors")
+    assert set(saved) == set(before)
+    assert all(torch.allclose(saved[name], before[name], atol=1e-5) for name in saved)
+
+
+def test_a_judge_that_says_one_thing_stops_a_run_whose_doctor_may(finished_chain: Path, tmp_path: Path) -> None:
+    with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
+    (tmp_path / "one.py").write_text("def one(conversations):\n    return [1.0 for _ in conversations]\n")
+    judge = "ppo.judge=[{python: 'one.py:one'}]"
+    common = ("--recipe", str(TINY_RECIPE), f"data.root={tmp_path}", judge)
+    said = rlhf("run", "ppo", *common, "ppo.doctor.action=stop", cwd=tmp_path, code=1)
+    assert "ppo: stopped after update 1: " in said
+    assert "judge_is_constant: the scores of an update have a standard deviation of 0" in said
+    said = rlhf("run", "ppo", *common, "ppo.doctor.action=warn", cwd=tmp_path)
+    assert "judge_is_constant" in said
+    summary = json.loads((tmp_path / "runs/tiny/ppo/summary.json").read_text())
+    assert summary["findings"]["judge_is_constant"] == [1, 2]
