@@ -40,6 +40,7 @@ from stages.ppo.measure import Examiner, Measured
 
 VALIDATION_SHARE, MOST_VALIDATION = 0.1, 128
 SHOWN = 3  # examples
+TOLD_AGAIN_AFTER = 10  # updates
 ACTIVATIONS = 2**29  # bytes
 
 
@@ -211,10 +212,10 @@ class Stage:
             log(f"  {prompt} -> {response} [{episode.score:.2f}]")
 
     def _consult(self, update: int, figures: dict[str, float]) -> list[Finding]:
-        """What the doctor finds; the user is told what wasn't found in the update before."""
+        """What the doctor finds; the user is told what wasn't found shortly before."""
         findings = self.doctor.look(update, figures)
         for finding in findings:
-            if update - 1 not in self.doctor.found[finding.name]:
+            if not any(update - TOLD_AGAIN_AFTER <= made < update for made in self.doctor.found[finding.name]):
                 log(f"ppo: update {update}: {finding}")
         return findings
 
