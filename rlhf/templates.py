@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from rlhf.errors import UserError
 
 Messages = list[dict[str, str]]
+Span = tuple[int, int]
 
 END_OF_TURN = "<|end|>"
 CHAT_TEMPLATES = {
@@ -86,8 +87,8 @@ def lay_out(
     """The pieces of a conversation, in order.
 
     `named` are the special tokens as the template names them (`eos_token` ...), `special` finds the special tokens in
-    the template's own text. What the assistant writes is trained: what stands in the template's `{% generation %}`
-    markers; in a template without them, what follows the generation prompt, up to the EOS that ends the turn. Raises
+    the template's own text. What the assistant writes is trained: what follows the generation prompt, up to the EOS
+    that ends the turn; of that, where the template has `{% generation %}` markers, only what stands in them. Raises
     UserError where that can't be told, where it leaves out EOS, or where the template leaves out or alters contents.
     """
     shape = tuple((message["role"], _open_or_blank(message["content"])) for message in messages)
@@ -95,8 +96,28 @@ def lay_out(
     skeleton = skeleton_of(template, json.dumps(named), special, shape, add_generation_prompt)
     if skeleton.fault and not add_generation_prompt:
         raise UserError(skeleton.fault)
-    whole, _ = _render(template, named, messages, add_generation_prompt)
-    return _filled(skeleton.pieces, whole, messages)
+    whole, marked = _render(template, named, messages, add_generation_prompt)
+    pieces = _filled(skeleton.pieces, whole, messages)
+    if marked is not None and not add_generation_prompt:
+        _check_marked(pieces, marked)
+    return pieces
+
+
+def marked_text(template: str, named: dict[str, Any], messages: Messages) -> str:
+    """What of a rendered conversation stands in the template's own generation markers; nothing where it has none."""
+    whole, marked = _render(template, named, messages, add_generation_prompt=False)
+    return "".join(whole[start:end] for start, end in marked or [])
+
+
+def surroundings(template: str, named: dict[str, Any]) -> str:
+    """What a template writes around what is said, a system turn and the next generation prompt included."""
+    said = [{"role": role, "content": "\ue000"} for role in ("system", "user", "assistant", "user")]
+    for messages in (said, said[1:]):
+        try:
+            return _render(template, named, messages, add_generation_prompt=True)[0]
+        except UserError:  # not every template has a system turn
+            continue
+    return ""
 
 
 def _open_or_blank(content: str) -> str | None:
@@ -106,18 +127,20 @@ def _open_or_blank(content: str) -> str | None:
 
 def _render(
     template: str, named: dict[str, Any], messages: Messages, add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]]]:
+) -> tuple[str, list[Span] | None]:
+    """The text, and what of it stands in the template's generation markers; None where it has none."""
+    marked = bool(_MARKERS.search(template))
     try:
         rendered, spans = render_jinja_template(
             conversations=[messages],
             chat_template=template,
-            return_assistant_tokens_mask=bool(_MARKERS.search(template)),
+            return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt,
             **named,
         )
     except Exception as error:  # jinja2 raises whatever the template raises
         raise UserError(f"the chat template refuses a conversation: {error}") from None
-    return rendered[0], list(spans[0]) if spans else []
+    return rendered[0], list(spans[0]) if marked else None
 
 
 def _filled(pieces: Sequence[Piece], whole: str, messages: Messages) -> list[Piece]:
@@ -138,6 +161,23 @@ def _filled(pieces: Sequence[Piece], whole: str, messages: Messages) -> list[Pie
     return found
 
 
+def _check_marked(pieces: Sequence[Piece], marked: list[Span]) -> None:
+    """Markers may come and go with what is said, which the skeleton doesn't show."""
+    place = 0
+    for piece in pieces:
+        start, place = place, place + len(piece.text)
+        if piece.trained and not _within((start, place), marked):
+            raise UserError(
+                "the chat template's generation markers leave out an assistant's turn because of what is said in the "
+                "conversation, so it can't be learned from"
+            )
+
+
+def _within(span: Span, spans: list[Span]) -> Span | None:
+    """The one of these spans that holds all of this one."""
+    return next(((start, end) for start, end in spans if start <= span[0] and span[1] <= end), None)
+
+
 # Skeletons
 
 
@@ -154,12 +194,14 @@ def _skeleton(
         {"role": role, "content": f"\ue000{number}\ue001" if blank is None else blank}
         for number, (role, blank) in enumerate(shape)
     ]
-    rendered, spans = _render(template, names, messages, add_generation_prompt)
+    rendered, marked = _render(template, names, messages, add_generation_prompt)
     for number, (role, blank) in enumerate(shape):
         if blank is None and f"\ue000{number}\ue001" not in rendered:
             raise UserError(f"the chat template leaves out what stands in message {number + 1}, the {role}'s")
-    turns = _Turns(template, names, special, messages, rendered)
-    spans, fault = (spans, turns.fault_of(spans)) if _MARKERS.search(template) else turns.spans()
+    try:
+        spans, fault = _Turns(template, names, special, messages, rendered).spans(marked), ""
+    except UserError as error:
+        spans, fault = [], str(error)
     return Skeleton(tuple(_cut(rendered, spans, special)), fault)
 
 
@@ -177,42 +219,51 @@ class _Turns:
     def _of_assistant(self, number: int) -> bool:
         return self._messages[number]["role"] == "assistant"
 
-    def fault_of(self, spans: list[tuple[int, int]]) -> str:
-        """What is wrong with the template's own markers."""
-        for start, end, number in self._marks:
-            inside = [span for span in spans if span[0] <= start and end <= span[1]]
-            if not self._of_assistant(number):
-                if inside:
-                    return f"the chat template's generation markers hold what the {self._messages[number]['role']} says"
-            elif not inside:
-                return "the chat template's generation markers leave out an assistant's turn"
-            elif not self._end or self._end not in self._rendered[end : inside[0][1]]:
-                return (
-                    f"the chat template's generation markers leave out the EOS token {self._end!r}, so the model would "
-                    "never learn to stop; put it inside {% generation %}" + self._advice(end)
-                )
-        return ""
+    def spans(self, marked: list[Span] | None) -> list[Span]:
+        """Where the assistant writes; `marked` are the template's markers. Raises UserError where that isn't told."""
+        if marked is not None:
+            self._check(marked)
+        return [self._span(number, marked) for number in range(len(self._messages)) if self._of_assistant(number)]
 
-    def spans(self) -> tuple[list[tuple[int, int]], str]:
-        """For a template without markers: where the assistant writes, and why that can't be told where it can't."""
-        found: list[tuple[int, int]] = []
-        for number, message in enumerate(self._messages):
-            if message["role"] != "assistant":
-                continue
-            begins = self._beginning(number)
-            nowhere = () if begins is None else (begins, begins)  # a blank turn has no mark
-            mark = next(((start, end) for start, end, marked in self._marks if marked == number), nowhere)
-            if not mark:
-                return found, "the chat template doesn't show where a blank turn of the assistant stands"
-            content_start, content_end = mark
-            end = self._end_after(content_end)
-            if end is None:
-                return found, (
-                    f"the chat template does not end an assistant's turn with the EOS token {self._end!r}, so the "
-                    "model would never learn to stop" + self._advice(content_end)
-                )
-            found.append((content_start if begins is None else min(begins, content_start), end))
-        return found, ""
+    def _check(self, marked: list[Span]) -> None:
+        """The template's own markers must hold the contents of the assistant, all of them, and nobody else's."""
+        for start, end, number in self._marks:
+            held = _within((start, end), marked) is not None
+            if held and not self._of_assistant(number):
+                role = self._messages[number]["role"]
+                raise UserError(f"the chat template's generation markers hold what the {role} says")
+            if self._of_assistant(number) and not held:
+                raise UserError("the chat template's generation markers leave out an assistant's turn")
+
+    def _span(self, number: int, marked: list[Span] | None) -> Span:
+        """What the assistant writes of a message: its content and end token, and what else follows the prompt."""
+        begins = self._beginning(number)
+        mark = next(((start, end) for start, end, of in self._marks if of == number), None)
+        content = mark or (None if begins is None else (begins, begins))  # a blank turn has no mark
+        holder = (0, len(self._rendered)) if marked is None or content is None else _within(content, marked)
+        if content is None or holder is None:
+            raise UserError(
+                f"message {number + 1}, the assistant's, is blank, and the chat template leaves it out or doesn't show "
+                "where it stands"
+            )
+        end = self._end_after(content[1]) if marked is None else self._end_within(content[1], holder[1])
+        if end is None and mark is None:
+            raise UserError(
+                f"message {number + 1}, the assistant's, is blank, and the chat template doesn't end such a turn with "
+                f"the EOS token {self._end!r}"
+            )
+        if end is None:
+            raise UserError(self._endless(content[1], marked is not None))
+        return max(holder[0], content[0] if begins is None else min(begins, content[0])), end
+
+    def _endless(self, place: int, marked: bool) -> str:
+        """What is wrong where no EOS ends the turn whose content ends here."""
+        never = f"the EOS token {self._end!r}, so the model would never learn to stop"
+        if marked:
+            never = f"the chat template's generation markers leave out {never}; put it inside {{% generation %}}"
+        else:
+            never = f"the chat template does not end an assistant's turn with {never}"
+        return never + self._advice(place)
 
     def _beginning(self, number: int) -> int | None:
         """Where the assistant begins to write this message: after the generation prompt; None if there is none.
@@ -236,7 +287,15 @@ class _Turns:
         """The end of the EOS that ends the turn whose content ends here: the first special token after it."""
         following = min((start for start, _, _ in self._marks if start >= place), default=len(self._rendered))
         first = self._special.search(self._rendered, place, following)
-        return first.end() if first and self._end and first[0].strip() == self._end.strip() else None
+        return first.end() if first and self._is_end(first[0]) else None
+
+    def _end_within(self, place: int, border: int) -> int | None:
+        """The end of the first EOS between a turn's content and the border of the markers that hold it."""
+        tokens = self._special.finditer(self._rendered, place, border)
+        return next((token.end() for token in tokens if self._is_end(token[0])), None)
+
+    def _is_end(self, token: str) -> bool:
+        return self._end is not None and token.strip() == self._end.strip()
 
     def _advice(self, place: int) -> str:
         """What can be done where the turn whose content ends here isn't ended by EOS."""
@@ -250,7 +309,7 @@ class _Turns:
         )
 
 
-def _cut(rendered: str, spans: list[tuple[int, int]], special: re.Pattern[str]) -> Iterator[Piece]:
+def _cut(rendered: str, spans: list[Span], special: re.Pattern[str]) -> Iterator[Piece]:
     """The pieces between the borders of marks, special tokens and what is trained."""
     marks = {match.start(): match for match in _MARK.finditer(rendered)}
     tokens = {match.start(): match for match in special.finditer(rendered)}
@@ -258,7 +317,7 @@ def _cut(rendered: str, spans: list[tuple[int, int]], special: re.Pattern[str]) 
     borders |= {border for match in (*marks.values(), *tokens.values()) for border in match.span()}
     ordered = sorted(borders)
     for start, end in itertools.pairwise(ordered):
-        trained = any(a <= start and end <= b for a, b in spans)
+        trained = _within((start, end), spans) is not None
         if start in marks:
             yield Piece("content", marks[start][1], trained)
         else:

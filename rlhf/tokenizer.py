@@ -1,8 +1,10 @@
 """Tokenizers: training a byte-level BPE, documents to ids, conversations to ids and what of them is trained.
 
-Text that looks like a special token stays text: only the chat template's own text may become special tokens.
+Text that looks like a control token stays text: only the chat template's own text may become one. Control tokens are
+the special ones, and those that a template puts around what is said though the tokenizer doesn't call them special.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -10,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import MissingInput, UserError
-from rlhf.templates import CHAT_TEMPLATES, TEMPLATE_END, TEMPLATE_TOKENS, Piece, lay_out
+from rlhf.templates import CHAT_TEMPLATES, TEMPLATE_END, TEMPLATE_TOKENS, Piece, lay_out, marked_text, surroundings
 from rlhf.templates import Messages as Messages
 
 BOS, END_OF_DOCUMENT, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -96,17 +98,17 @@ def begin_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int = 2**20) -> list[list[int]]:
-    """Plain text to ids, without special tokens: whatever looks like one stays text.
+    """Plain text to ids, without control tokens: whatever looks like one stays text.
 
     A text of more than `longest` characters is encoded in parts, between words where there are any: a tokenizer takes
-    a hundred times a text's size in memory.
+    a hundred times a text's size in memory. Raises UserError for a text that can't be read without a control token.
     """
     if not texts:
         return []
     parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text, longest)]
     found: list[list[int]] = [[] for _ in texts]
-    encoded = tokenizer([part for _, part in parts], add_special_tokens=False, split_special_tokens=True, verbose=False)
-    for (owner, _), ids in zip(parts, encoded["input_ids"], strict=True):
+    encoded = _reading(tokenizer).as_text(tokenizer, [part for _, part in parts])
+    for (owner, _), ids in zip(parts, encoded, strict=True):
         found[owner] = found[owner] + ids if found[owner] else ids
     return found
 
@@ -167,23 +169,31 @@ def encode_chat(
     The assistant's contents with their end tokens are marked as trained; see rlhf.templates.lay_out, which raises
     UserError where the template is not to be understood, and for what it refuses.
     """
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template")
-    reading = _reading(tokenizer)
-    pieces = lay_out(
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-        reading.special,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-    )
-    runs = _runs(pieces)
+    runs = _runs(_pieces(tokenizer, messages, add_generation_prompt))
     ids: list[int] = []
     trained: list[bool] = []
-    for run, new in zip(runs, reading.encode(tokenizer, runs), strict=True):
+    for run, new in zip(runs, _reading(tokenizer).encode(tokenizer, runs), strict=True):
         ids += new
         trained += [run.trained] * len(new)
     return EncodedChat(ids, trained)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> list[Piece]:
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template")
+    return lay_out(
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        _reading(tokenizer).special,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def marked_and_trained(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, str]:
+    """What of a conversation stands in the chat template's own generation markers, and what of it is trained."""
+    trained = "".join(piece.text for piece in _pieces(tokenizer, messages) if piece.trained)
+    return marked_text(tokenizer.chat_template, tokenizer.special_tokens_map, messages), trained
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
@@ -212,29 +222,64 @@ def _runs(pieces: list[Piece]) -> list[Piece]:
 
 
 class _Reading:
-    """How a tokenizer reads the parts of a longer text.
+    """How a tokenizer reads texts in which nothing is a control token, and the parts of a longer text.
 
-    Some, like SentencePiece, put a blank before the first word of what they are given: of a part in the middle, that
-    is one too many. `_bare` is such a tokenizer without this habit.
+    `_copy` is a tokenizer to which all control tokens are special, where some of its own aren't: no text becomes them.
+    Some tokenizers, like SentencePiece, put a blank before the first word of what they are given: of a part in the
+    middle, that is one too many. `_bare` is such a tokenizer without this habit.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = _control_tokens(tokenizer)
         self._ids = {token.content: number for number, token in added.items()}
+        tokens = sorted(added.values(), key=lambda token: -len(token.content))
         patterns = [
             (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-            for token in sorted(added.values(), key=lambda token: -len(token.content))
+            for token in tokens
         ]
         self.special = re.compile("|".join(patterns) or "(?!)")  # (?!) is nowhere
+        named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        self.control = frozenset(set(added) - ({tokenizer.unk_token_id} - named))  # any text may be unknown
+        names = [token.content for token in tokens if len(token.content) > 1]
+        cuts = [rf"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names]
+        self._inside_names = re.compile("|".join(cuts) or "(?!)")
+        ordinary = [token.content for token in tokens if not token.special]
+        self._copy = _with_special(tokenizer, ordinary) if ordinary else None
         self._bare: Tokenizer | None = None
         self._blank_after_special = False
-        core = getattr(tokenizer, "backend_tokenizer", None)
+        core = getattr(self._copy or tokenizer, "backend_tokenizer", None)
         if isinstance(core, Tokenizer) and _puts_a_blank(core):
             self._bare = _without_blank(core)
             core.encode_special_tokens = False
             after = core.encode(next(iter(self._ids), "") + "x", add_special_tokens=False).ids
             alone = core.encode("x", add_special_tokens=False).ids
             self._blank_after_special = bool(self._ids) and after[-len(alone) :] == alone
+
+    def as_text(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, inside: bool = False) -> list[list[int]]:
+        """The ids of texts, none of them a control token's; those `inside` a longer text get no blank before them."""
+        found = self.read(tokenizer, texts, inside)
+        return [
+            ids if self.control.isdisjoint(ids) else self._spelled(tokenizer, text, inside)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def read(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], inside: bool = False) -> list[list[int]]:
+        """The ids of texts as the vocabulary has them: it may know the name of a control token."""
+        if inside and self._bare is not None:
+            return [encoding.ids for encoding in self._bare.encode_batch(texts, add_special_tokens=False)]
+        encoded = (self._copy or tokenizer)(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        found: list[list[int]] = encoded["input_ids"]
+        return found
+
+    def _spelled(self, tokenizer: PreTrainedTokenizerBase, text: str, inside: bool) -> list[int]:
+        """The ids of a text in which the vocabulary finds names of control tokens: cut after their first characters."""
+        ids: list[int] = []
+        for number, part in enumerate(self._inside_names.split(text)):
+            ids += self.read(tokenizer, [part], inside or number > 0)[0]
+        if not self.control.isdisjoint(ids):
+            names = " ".join(tokenizer.convert_ids_to_tokens(sorted(self.control & set(ids))))
+            raise UserError(f"a text holds what the tokenizer can read as nothing but a control token: {names}")
+        return ids
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, runs: list[Piece]) -> list[list[int]]:
         """The ids of each of these runs, which are the whole of a text."""
@@ -251,22 +296,46 @@ class _Reading:
             if number == 0 or (self._blank_after_special and runs[number - 1].kind == "special"):
                 found += encode_texts(tokenizer, [run.text])
             else:
-                found.append(self._bare.encode(run.text, add_special_tokens=False).ids)
+                found += self.as_text(tokenizer, [run.text], inside=True)
         return found
 
     def _id(self, token: str) -> int:
         return self._ids[token] if token in self._ids else self._ids[token.strip()]
 
 
-_READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[int, str | None], _Reading]] = WeakKeyDictionary()
+_READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[Any, ...], _Reading]] = WeakKeyDictionary()
 
 
 def _reading(tokenizer: PreTrainedTokenizerBase) -> _Reading:
-    """Kept for each tokenizer, as long as its special tokens stay as they are."""
-    stamp = (len(tokenizer), tokenizer.eos_token)
+    """Kept for each tokenizer, as long as its special tokens and its template stay as they are."""
+    stamp = (len(tokenizer), tokenizer.all_special_tokens, tokenizer.chat_template)
     if tokenizer not in _READINGS or _READINGS[tokenizer][0] != stamp:
         _READINGS[tokenizer] = (stamp, _Reading(tokenizer))
     return _READINGS[tokenizer][1]
+
+
+_NAME = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # between signs, as <|im_start|>; no word, no blanks
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
+    """The special tokens, and the other added ones that the template puts around what is said.
+
+    What it only puts into an answer, such as <think>, an answer may hold as well: where that isn't special, it is none.
+    """
+    template = tokenizer.chat_template
+    around = surroundings(template, tokenizer.special_tokens_map) if isinstance(template, str) else ""
+    return {
+        number: token
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (token.content in around and _NAME.fullmatch(token.content))
+    }
+
+
+def _with_special(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> PreTrainedTokenizerBase:
+    """A copy to which these tokens are special."""
+    found = copy.deepcopy(tokenizer)
+    found.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    return found
 
 
 def _puts_a_blank(core: Tokenizer) -> bool:
@@ -344,15 +413,14 @@ def prepare_for_chat(
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens that the template puts around what is said."""
+    """The control tokens that the template puts around what is said."""
     chat: Messages = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
     for messages in (chat, chat[1:]):
         try:
             ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
         except UserError:  # not every template has a system turn
             continue
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return special & set(ids)
+        return set(_reading(tokenizer).control & set(ids))
     return set()
 
 
@@ -376,8 +444,9 @@ def _make_end(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
             f"the end token {token!r} is not a token of the vocabulary"
             + (f"; the chat template's special tokens are {', '.join(ends)}" if ends else "")
         )
+    ordinary = token not in _special_tokens(tokenizer)
     tokenizer.add_special_tokens({"eos_token": token})
-    if tokenizer.eos_token_id in encode_texts(tokenizer, [token])[0]:
+    if ordinary and tokenizer.eos_token_id in _reading(tokenizer).read(tokenizer, [token])[0]:
         raise UserError(f"the end token {token!r} is ordinary text to the tokenizer: any answer could hold it")
 
 

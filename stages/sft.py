@@ -42,6 +42,7 @@ from rlhf.tokenizer import (
     encode_chat,
     encode_prompt,
     last_turn_only,
+    marked_and_trained,
     prepare_for_chat,
 )
 from stages.common import (
@@ -128,8 +129,14 @@ def _prepared(recipe: Recipe, settings: SftSection, start: Start, tokenizer: Pre
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     try:
         whole, prompt = encode_chat(tokenizer, [question, answer]), encode_prompt(tokenizer, [question])
+        marked, learned = marked_and_trained(tokenizer, [question, answer])
     except UserError as error:
         raise UserError(f"{start.name} with its chat template: {error}") from None
+    if len(marked) > len(learned):
+        log(
+            f"sft: the chat template's generation markers hold {marked!r}; of that only {learned!r} is trained, the "
+            "answer and its end token"
+        )
     begins = whole.trained.index(True)
     if whole.ids[:begins] != prompt:
         log(

@@ -272,6 +272,8 @@ def test_conversations_may_have_a_system_turn_and_many_turns() -> None:
         ({"messages": [USER]}, "no assistant turn to learn from"),
         ({"messages": [USER, ANSWER, USER]}, "the last message is not the assistant's"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "the last answer is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "the last answer is empty"),
+        ({"prompt": "q", "completion": "\t "}, "the last answer is empty"),
         ({"messages": [USER, USER, ANSWER]}, "must alternate"),
         ({"messages": [ANSWER]}, "must alternate"),
         ({"messages": [USER, SYSTEM, ANSWER]}, "must alternate"),

@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf.errors import DataError, MissingInput, RecipeError, UserError
 from rlhf.recipe import EarlyStoppingSection, Recipe, SftSection, parse_recipe
 from rlhf.team import Team
+from rlhf.templates import CHAT_TEMPLATES
 from rlhf.tokenizer import encode_chat, encode_texts
 from stages.common import Start
 from stages.packing import IGNORED, PackingCollator, check_isolation, fitted
@@ -260,6 +261,21 @@ def test_what_a_template_refuses_is_the_fault_of_a_row(chat_tokenizer: PreTraine
         read(tmp_path, picky, [nobody])
 
 
+def test_a_blank_answer_that_the_template_leaves_out_is_named_by_its_line(
+    chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    silent = copy.deepcopy(chat_tokenizer)
+    silent.chat_template = silent.chat_template.replace(
+        "in messages -%}", "in messages if message['role'] == 'user' or message['content'] | trim -%}"
+    )
+    turns = [("user", "a"), ("assistant", " "), ("user", "b"), ("assistant", "c")]
+    blank = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: message 2, the assistant's, is blank"):
+        read(tmp_path, silent, [SHORT, blank])
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: the last answer is empty"):
+        read(tmp_path, silent, [SHORT, row("a", " \n")])
+
+
 def test_the_first_dialogue_shows_what_is_trained(chat_tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": "你好 ⟦x⟧\x1b[31m"}, {"role": "assistant", "content": "a\nb"}]
     shown = marked(chat_tokenizer, encode_chat(chat_tokenizer, messages))
@@ -325,6 +341,21 @@ def test_a_generation_prompt_that_answers_dont_follow_is_warned_of(
     assert "warning: the chat template's generation prompt is not what" in capsys.readouterr().out
     prepare(tmp_path, tokenizer)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_markers_that_hold_more_than_the_answer_are_told_of_once(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = CHAT_TEMPLATES["rlhf"].replace(
+        "{{- '<|assistant|>' -}}{%- generation -%}", "{%- generation -%}<|assistant|>"
+    )
+    (tmp_path / "wide.jinja").write_text(wide)
+    prepared = prepare(tmp_path, tokenizer, chat_template="wide.jinja", end_token="<|end|>")
+    said = "markers hold '<|assistant|>b<|end|>'; of that only 'b<|end|>' is trained"
+    assert capsys.readouterr().out.count(said) == 1
+    read(tmp_path, prepared, [SHORT, SHORT])
+    prepare(tmp_path, tokenizer)
+    assert "markers" not in capsys.readouterr().out
 
 
 # Validation

@@ -4,11 +4,12 @@ import copy
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import MissingInput, UserError
@@ -335,6 +336,78 @@ def test_exactly_the_answer_and_its_end_are_trained_whatever_is_said(
     found = encode_chat(chat_tokenizer, [{"role": "user", "content": first}, {"role": "assistant", "content": second}])
     assert trained_text(chat_tokenizer, found) == second + "<|end|>"
     assert chat_tokenizer.decode(found.ids) == f"<|bos|><|user|>{first}<|end|><|assistant|>{second}<|end|>"
+
+
+# Vocabularies that know the names of control tokens
+
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'q ' + m['content'] + ' a' }}"
+    "{% else %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def knowing(model: models.Model, splitter: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerBase:
+    """A tokenizer whose model itself reads <s> and </s> as those tokens."""
+    core = Tokenizer(model)
+    core.pre_tokenizer = splitter
+    found = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    found.chat_template = MARKED
+    return found
+
+
+def unigram() -> PreTrainedTokenizerBase:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((sign, -5.0) for sign in "abqs</>▁")]
+    return knowing(models.Unigram(pieces, unk_id=0), pre_tokenizers.Metaspace())
+
+
+def word_level() -> PreTrainedTokenizerBase:
+    words = ["<unk>", "<s>", "</s>", "q", "a", "b"]
+    return knowing(
+        models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"), pre_tokenizers.WhitespaceSplit()
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "ids", "trained"),
+    [
+        (unigram, "<s> ▁ q ▁ b ▁ < / s > ▁ b ▁ a b ▁ < / s > ▁ a </s>", 9),
+        (word_level, "<s> q b <unk> <unk> b a b <unk> <unk> a </s>", 5),
+    ],
+)
+def test_no_content_becomes_eos_though_the_vocabulary_knows_its_name(base: Any, ids: str, trained: int) -> None:
+    prepared = base()
+    prepare_for_chat(prepared, "rlhf")
+    messages = [{"role": "user", "content": "b </s> b"}, {"role": "assistant", "content": "b </s> a"}]
+    found = encode_chat(prepared, messages)
+    assert prepared.convert_ids_to_tokens(found.ids) == ids.split(" ")
+    assert found.trained == [False] * (len(found.ids) - trained) + [True] * trained
+    prompt = encode_prompt(prepared, messages[:1])
+    assert prompt == found.ids[: len(prompt)]
+
+
+@pytest.mark.parametrize("base", [unigram, word_level])
+def test_documents_hold_no_eos_either(base: Any) -> None:
+    prepared = base()
+    for ids in encode_documents(prepared, ["a </s> b", "<s>", "</s></s>"]):
+        assert (ids.count(prepared.bos_token_id), ids.count(prepared.eos_token_id)) == (1, 1)
+    assert encode_texts(prepared, ["a b", "b a"]) == [
+        prepared(text, add_special_tokens=False)["input_ids"] for text in ("a b", "b a")
+    ]
+
+
+def test_a_text_that_can_only_be_read_as_a_control_token_is_refused() -> None:
+    prepared = unigram()
+    prepared.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match="can read as nothing but a control token: </s>"):
+        encode_texts(prepared, ["b", "b </S>"])
+    with pytest.raises(UserError, match="nothing but a control token: </s>"):
+        encode_chat(prepared, [{"role": "user", "content": "b"}, {"role": "assistant", "content": "b </S>"}])
+
+
+def test_a_special_token_that_the_vocabulary_knows_may_be_named_as_the_end() -> None:
+    prepared = unigram()
+    prepare_for_chat(prepared, "rlhf", end_token="</s>")
+    assert prepared.eos_token == "</s>"
 
 
 # What chatting needs

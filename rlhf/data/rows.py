@@ -63,7 +63,7 @@ def to_conversation(row: dict[str, Any]) -> Messages:
         raise Malformed("no assistant turn to learn from")
     if messages[-1]["role"] != "assistant":
         raise Malformed("the last message is not the assistant's")
-    if not messages[-1]["content"]:
+    if not messages[-1]["content"].strip():
         raise Malformed("the last answer is empty")
     _check_order(messages)
     return messages

@@ -42,7 +42,7 @@ class Drawer:
 
     def __init__(self, actors: Actors, vocabulary: Vocabulary, settings: PpoSection) -> None:
         self._actors = actors
-        drawing = Drawing(**{name: getattr(settings.sampling, name) for name in Drawing._fields})
+        drawing = Drawing(**settings.sampling.model_dump())
         with actors.drawing() as policy:
             self._engine = build_engine(
                 policy, vocabulary.tokenizer, drawing, end_ids=vocabulary.end_ids, kind=settings.engine
