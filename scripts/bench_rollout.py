@@ -34,7 +34,7 @@ from rlhf.tinyworld.dialogues import shuffled_prompts
 from rlhf.tokenizer import encode_prompt, load_tokenizer, train_bpe
 
 SEED = 7
-CHECKED = 32  # prompts
+CHECKED = 8  # prompts
 
 
 def parse() -> argparse.Namespace:

@@ -113,4 +113,4 @@ def _ids_of(support: Tensor, living: np.ndarray) -> list[np.ndarray]:
     """The ids that could be drawn in each living row."""
     rows = support[torch.from_numpy(living).to(support.device)]
     ids = rows.nonzero()[:, 1].to(torch.int32).cpu().numpy()
-    return np.split(ids, rows.sum(1).cumsum(0)[:-1].cpu().numpy())
+    return np.split(ids, rows.sum(1).cumsum(0).cpu().numpy())[:-1]

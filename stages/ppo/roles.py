@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.functional.masked import widened
 from rlhf.judge import Judge
 from rlhf.likelihood import Hide, TokenReader
-from rlhf.model import Critic, last_norm
+from rlhf.model import Critic, last_gain
 from stages.lora import merged_in_place, using_adapter
 from stages.ppo.episodes import Trajectory
 
@@ -152,7 +152,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, like: PreTrainedModel) -> None:
         super().__init__()
-        self.scale = 1.0 / float(last_norm(like).weight.detach().double().square().mean().sqrt())
+        self.scale = 1.0 / (float(last_gain(like).square().mean().sqrt()) or 1.0)
         self.layer = nn.Linear(like.config.get_text_config().hidden_size, 1, device=like.device, dtype=like.dtype)
         nn.init.zeros_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
