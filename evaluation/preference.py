@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.functional.intervals import Estimate, proportion_estimate, ratio_estimate
+from rlhf.functional.intervals import Estimate, clustered_estimate, proportion_estimate
 
 BINS = 10  # of equal width, over confidences from 0.5 to 1
 HARDEST = 100.0  # a temperature is at most this many times the mean difference, and at least that part of it
@@ -61,14 +61,13 @@ def wins(difference: float) -> float:
 
 
 def share(prompts: Sequence[str], values: Sequence[float]) -> Estimate:
-    """The mean of values from 0 to 1, one a comparison; the interval is over prompts, as far as they repeat."""
+    """The mean of values from 0 to 1, one a comparison; those of a prompt are not independent of each other."""
     groups: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, values, strict=True):
         groups.setdefault(prompt, []).append(value)
     if len(groups) == len(values):
         return proportion_estimate(math.fsum(values), len(values))
-    found = ratio_estimate([math.fsum(group) for group in groups.values()], [float(len(g)) for g in groups.values()])
-    return Estimate(found.mean, max(0.0, found.low), min(1.0, found.high))
+    return clustered_estimate(list(groups.values()))
 
 
 def share_as_keys(name: str, outcomes: Sequence[Outcome], right: Callable[[Outcome], float]) -> dict[str, Any]:

@@ -62,7 +62,29 @@ def _uses_tinyworld(recipe: Recipe, stage: StageName) -> bool:
     collect = recipe.reward.collect if stage == "reward" and recipe.reward else None
     labelled = collect is not None and collect.labeller == "tinyworld"
     asked = stage == "evaluate" and recipe.evaluate is not None and "tinyworld" in recipe.evaluate.fewshot.tasks
-    return labelled or asked or any(source.builtin for source in sources_in(getattr(recipe, stage)))
+    return labelled or asked or any(source.builtin for source in _sources(recipe, stage))
+
+
+def _borrowed(recipe: Recipe, stage: StageName) -> dict[str, Any]:
+    """What the reward stage takes from other sections where its own doesn't say how to normalise the score: the way
+    the reference answers, and the prompts that it is asked (stages.reward.normalise).
+    """
+    reward, found = recipe.reward, dict[str, Any]()
+    if stage != "reward" or reward is None or reward.collect:
+        return found
+    lender = next((name for name in ("ppo", "sft") if getattr(recipe, name)), None)
+    if reward.sampling is None and lender:
+        fields = result_fields(getattr(recipe, lender))
+        found |= {f"{lender}.{key}": value for key, value in fields.items() if key.startswith("sampling.")}
+    if reward.from_ and recipe.ppo:
+        found["ppo.prompts"] = result_fields(recipe.ppo)["prompts"]
+    return found
+
+
+def _sources(recipe: Recipe, stage: StageName) -> list[Source]:
+    """Every data source that a stage reads, those of other sections too."""
+    borrowed = recipe.ppo.prompts if recipe.ppo and "ppo.prompts" in _borrowed(recipe, stage) else ()
+    return [*sources_in(getattr(recipe, stage)), *borrowed]
 
 
 def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any]:
@@ -72,7 +94,8 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     inputs["seed"] = recipe.seed
     if stage == "pretrain":
         inputs |= {f"model.{key}": value for key, value in result_fields(recipe.model).items()}
-    for source in sources_in(section):
+    inputs |= _borrowed(recipe, stage)
+    for source in _sources(recipe, stage):
         inputs["data.on_bad_row"] = recipe.data.on_bad_row
         for path in source_files(source, Path(recipe.data.root)):
             inputs[f"file {_below(path, Path(recipe.data.root))}"] = _digest_input(path)
@@ -94,7 +117,7 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
 
 
 def _digest_external(external: External, root: Path) -> str:
-    """The digest of a model's folder, a file or a Python file; a hub id or module stands for itself."""
+    """The digest of a model's folder, a file or a function's file; a hub id, or a module without one, is itself."""
     if external.kind in ("file", "python"):
         file = root / external.value if external.kind == "file" else function_file(external.value, root)
         return _digest_input(file) if file else external.value
@@ -130,7 +153,7 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
             return State("stale", f"the stage {name} that it stands on is gone")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
     # what an older version didn't know, and is as if nobody had asked for it, is as it was then
-    new = {f"{stage}.{key}" for key in fields_at_default(getattr(recipe, stage))} - set(was) if was else set()
+    new = _at_default(recipe, stage) - set(was) if was else set()
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in new]
     if was.get("data.on_bad_row") == "error" and now.get("data.on_bad_row") == "skip" and "data.on_bad_row" in changed:
         changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip
@@ -144,6 +167,12 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
     return State("stale", damage) if damage else State("done")
 
 
+def _at_default(recipe: Recipe, stage: StageName) -> set[str]:
+    """The keys of this stage's inputs whose values nobody had to give."""
+    sections = {stage} | {key.partition(".")[0] for key in _borrowed(recipe, stage)}
+    return {f"{name}.{key}" for name in sections for key in fields_at_default(getattr(recipe, name))}
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): _jsonable(v) for k, v in value.items()}
@@ -155,7 +184,7 @@ def _describe_changes(changed: list[str], was: dict[str, Any], now: dict[str, An
     for key in changed[:3]:
         if key.startswith("stage "):
             words.append(f"{key.removeprefix('stage ')} was made anew")
-        elif key.startswith(("file ", "base", "tinyworld", "tasks ")):
+        elif " " in key or key in ("base", "tinyworld"):
             words.append(f"{key} has changed")
         else:
             words.append(f"{key}: {was.get(key)} -> {now.get(key)}")
@@ -182,6 +211,8 @@ def check_gate(recipe: Recipe, stage: StageName, run: RunDir) -> None:
 def unmet(require: RequireSection, summary: dict[str, Any]) -> list[str]:
     """What of the requirements the reward stage's summary doesn't show, each with its figures."""
     found = []
+    if require != RequireSection() and summary.get("pairs_test") and summary.get("pairs_test_unseen") == 0:
+        found.append(f"the prompts of all {summary['pairs_test']} test comparisons are trained on as well")
     for name, wanted in (("accuracy", require.accuracy), ("gold_accuracy", require.gold_accuracy)):
         value = summary.get(name)
         if wanted is not None and (value is None or value < wanted):

@@ -132,15 +132,41 @@ def last_norm(model: PreTrainedModel) -> nn.Module:
 
 
 @torch.no_grad()
-def scale_last_norm(model: PreTrainedModel) -> None:
+def last_gain(model: PreTrainedModel) -> torch.Tensor:
+    """What the last norm multiplies each channel by, [width]: measured, since a norm's weight needn't be its gain.
+
+    Gemma's is an offset (the gain is 1 + weight), and some norms have none. What comes out for a large signal, less
+    what comes out for its opposite, is free of the norm's bias and its epsilon.
+    """
+    norm, width = last_norm(model), model.config.get_text_config().hidden_size
+    like = next(iter(norm.parameters()), model.get_input_embeddings().weight)
+    sign = torch.ones(1, width, dtype=like.dtype, device=like.device)
+    sign[:, ::2] = -1
+    gain: torch.Tensor = ((norm(100 * sign) - norm(-100 * sign)) * sign / 2)[0]
+    return gain
+
+
+@torch.no_grad()
+def scale_last_norm(model: PreTrainedModel) -> float:
     """Gives the last norm a gain of 1 (root mean square), so that a fresh head reads hidden states of size 1.
 
     What a base's output head was used to may be ten times smaller; a score head would then learn ten times slower.
+    Returns the gain that it had: the hidden states are so many times smaller now. It is 1.0 for a norm that is left
+    alone, since its gain is nothing or doesn't follow its weight.
     """
-    norm = last_norm(model)
-    gain = norm.weight.square().mean().sqrt()
-    for parameter in norm.parameters():
-        parameter.div_(gain)
+    norm, gain = last_norm(model), last_gain(model)
+    size = float(gain.square().mean().sqrt())
+    weight, before = getattr(norm, "weight", None), [parameter.clone() for parameter in norm.parameters()]
+    if weight is None or not size > 0:
+        return 1.0
+    weight.add_(gain / size - gain)  # the weight is the gain, or the gain less a constant
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.div_(size)
+    if torch.allclose(last_gain(model), gain / size, rtol=1e-2, atol=1e-3):
+        return size
+    for parameter, value in zip(norm.parameters(), before, strict=True):
+        parameter.copy_(value)
+    return 1.0
 
 
 def load_causal_lm(

@@ -1,6 +1,7 @@
 """The directory of a run: where each stage's model, metrics, summary and manifest are. Imports nothing heavy."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -18,14 +19,29 @@ LOCK = ".lock"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all: a temporary name, fsync, rename."""
+    """Writes a file so that it is there whole or not at all: a temporary name, fsync, rename.
+
+    Nothing else is left behind where that fails, and what a process that was killed has left is removed.
+    """
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
+        if not _is_running(left.name.rpartition(".tmp")[2]):
+            left.unlink(missing_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether there is such a process here; what is no number is nobody's to remove."""
+    return not pid.isdecimal() or Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists()
 
 
 def sync_folder(folder: Path) -> None:

@@ -32,6 +32,7 @@ from rlhf.model import (
     use_special_tokens,
 )
 from rlhf.recipe import Recipe, SftSection, microbatches
+from rlhf.rollout import cut_at_stop
 from rlhf.runtime import derive_seed, log, visible
 from rlhf.team import Team
 from rlhf.templates import CHAT_TEMPLATES, Messages
@@ -420,7 +421,7 @@ def _share_ended(
     seed = derive_seed(job.recipe.seed, "sft", "sampling")
     responses = sample_responses(job, model, tokenizer, [ids for _, ids in prompts], settings.sampling, seed)
     for (prompt, _), response in list(zip(prompts, responses, strict=True))[:3]:
-        text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        text = cut_at_stop(tokenizer.decode(response.ids, skip_special_tokens=True), settings.sampling.stop)
         log(f"sft: {prompt[-1]['content']} -> {text}")
     ended = sum(response.ended for response in responses)
     if ended < settings.ended_warning * len(responses):

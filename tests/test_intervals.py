@@ -5,7 +5,13 @@ from statistics import NormalDist
 
 import pytest
 
-from rlhf.functional.intervals import Estimate, mean_estimate, proportion_estimate, ratio_estimate
+from rlhf.functional.intervals import (
+    Estimate,
+    clustered_estimate,
+    mean_estimate,
+    proportion_estimate,
+    ratio_estimate,
+)
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -68,6 +74,37 @@ def test_groups_that_all_have_the_same_ratio_leave_no_doubt() -> None:
 
 def test_a_group_without_weight_changes_nothing_about_the_ratio() -> None:
     assert ratio_estimate([1, 5, 0], [1, 2, 0]).mean == 2.0
+
+
+def test_values_that_are_the_same_in_each_group_count_once_a_group() -> None:
+    # k of m groups right, two alike in each: the mean's variance is p (1 - p) / (m - 1)
+    assert clustered_estimate([[1, 1]] * 15 + [[0, 0]] * 5) == pytest.approx(proportion_estimate(14.25, 19))
+    for right in (0, 1):  # no variance is seen; each group is a trial
+        assert clustered_estimate([[right] * 2] * 30) == pytest.approx(proportion_estimate(30 * right, 30))
+
+
+def test_groups_of_one_are_worth_a_trial_less_than_single_values() -> None:
+    assert clustered_estimate([[1]] * 6 + [[0]] * 4) == pytest.approx(proportion_estimate(5.4, 9))
+
+
+def test_an_interval_of_few_groups_is_never_empty() -> None:
+    for groups in ([[1]], [[0, 0, 0]], [[1, 1, 0]], [[1, 1], [1]], [[1, 1, 0], [1, 0, 1]], [[0.5], [0.5, 0.5]]):
+        found = clustered_estimate(groups)
+        assert 0 <= found.low < found.mean + 1e-12
+        assert found.mean - 1e-12 < found.high <= 1
+        assert found.high - found.low > 0.5, groups
+
+
+@pytest.mark.parametrize("truth", [0.5, 0.7, 0.95])
+def test_a_clustered_interval_covers_the_truth_about_95_times_in_100(truth: float) -> None:
+    """Groups of four that are all alike, 40 of them: as if each were thrown once."""
+    covered = math.fsum(
+        math.comb(40, k) * truth**k * (1 - truth) ** (40 - k)
+        for k in range(41)
+        for found in [clustered_estimate([[1] * 4] * k + [[0] * 4] * (40 - k))]
+        if found.low <= truth <= found.high
+    )
+    assert 0.92 <= covered <= 0.985
 
 
 def test_nothing_has_no_mean() -> None:

@@ -1,6 +1,7 @@
 """`rlhf label`: what is asked, what is kept, and how it looks, in a terminal of 80 columns and through a pipe."""
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -25,11 +26,12 @@ from hypothesis import strategies as st
 from rlhf.data.reader import Faults
 from rlhf.data.rows import Comparison
 from rlhf.data.sources import DataSet, from_files
-from rlhf.errors import DataError, MissingInput, UserError
+from rlhf.errors import DataError, MissingInput, RlhfError, UserError
 from rlhf.label.answers import Answer, AnswerLog, tally
 from rlhf.label.pairs import Pair, Question, in_order, next_question, read_pairs
 from rlhf.label.screen import shares
 from rlhf.label.session import label, person
+from rlhf.rundir import write_atomically
 from tests.conftest import ROOT, rlhf
 
 CHINESE = "落霞与孤鹜齐飞，秋水共长天一色。渔舟唱晚，响穷彭蠡之滨；雁阵惊寒，声断衡阳之浦。"
@@ -296,6 +298,77 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
         assert [answer.answer for answer in log.answers] == ["1", "2"]
 
 
+def full_disk(monkeypatch: pytest.MonkeyPatch, module: str, *, below: int = 0) -> None:
+    """os.fsync, as this module uses it, finds no room any more; `below` so many calls that still go well."""
+    fsync, calls = os.fsync, itertools.count()
+
+    def full(file: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{file}")
+        if module in name and next(calls) >= below:
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def lines_in(folder: Path, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sitting in this process whose input is no terminal."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    label(folder, name="ann", pairs=None, repeats=0.0, seed=1)
+
+
+def test_where_the_preferences_find_no_room_the_answer_is_in_the_log_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(tmp_path, rows(3))
+    with monkeypatch.context() as patch:
+        full_disk(patch, ".ann.jsonl.tmp", below=1)
+        with pytest.raises(RlhfError) as raised:
+            lines_in(run, "1\n2\n1\n", patch)
+    log, preferences = run / "labels/answers/ann.jsonl", run / "labels/ann.jsonl"
+    said = str(raised.value)
+    assert said.startswith(f"{preferences} can't be written: No space left on device. Every answer, the last one too")
+    assert f"is kept in {log}" in said
+    assert "free some space and give the same command again" in said
+    assert [row["answer"] for row in lines_of(log)] == ["1", "2"]
+    assert len(lines_of(preferences)) == 1
+    assert [path.name for path in preferences.parent.iterdir() if "tmp" in path.name] == []
+    lines_in(run, "", monkeypatch)
+    assert len(lines_of(preferences)) == 2
+
+
+def test_where_the_log_finds_no_room_the_answers_before_are_kept_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(tmp_path, rows(3))
+    log = run / "labels/answers/ann.jsonl"
+    with monkeypatch.context() as patch:
+        full_disk(patch, "answers/ann.jsonl", below=1)
+        with pytest.raises(RlhfError, match=r"answers/ann.jsonl can't be written: .* counts for nothing; every answer"):
+            lines_in(run, "1\n2\n1\n", patch)
+    assert [row["answer"] for row in lines_of(log)] == ["1"]
+
+
+def test_a_file_that_can_not_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "[a] file"
+    path.write_text("before")
+    done = subprocess.Popen(["true"])
+    done.wait()
+    of_the_dead, of_the_living, of_another = (
+        tmp_path / f".{name}" for name in (f"{path.name}.tmp{done.pid}", f"{path.name}.tmp1", f"other.tmp{done.pid}")
+    )
+    for left in (of_the_dead, of_the_living, of_another):
+        left.write_text("half")
+    with monkeypatch.context() as patch:
+        full_disk(patch, ".tmp")
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(path, "after")
+    assert path.read_text() == "before"
+    assert set(tmp_path.iterdir()) == {path, of_the_living, of_another}
+    write_atomically(path, "after")
+    assert path.read_text() == "after"
+
+
 # Agreement
 
 
@@ -432,6 +505,12 @@ def _environment() -> dict[str, str]:
     return {**named, "PYTHONPATH": str(ROOT)}
 
 
+def _at_a_terminal() -> None:
+    """Makes standard input the controlling terminal, with Ctrl-C as a shell leaves it (in the background it is off)."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """`rlhf label` in a child process that sits at a terminal of 80 columns and 24 rows."""
 
@@ -448,7 +527,7 @@ class Terminal:
             stdout=self._slave,
             stderr=self._slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_at_a_terminal,
         )
         self._read = b""
 

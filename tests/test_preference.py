@@ -12,7 +12,7 @@ import torch
 from evaluation import plots, preference
 from evaluation.preference import Answer, Outcome
 from rlhf.functional.bradley_terry import bootstrap_weights, pair_losses, preference_loss
-from rlhf.functional.intervals import Estimate, proportion_estimate, ratio_estimate
+from rlhf.functional.intervals import Estimate, proportion_estimate
 
 # The loss
 
@@ -144,8 +144,9 @@ def test_accuracies_by_hand() -> None:
 def test_an_interval_is_over_prompts() -> None:
     values = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
     prompts = ["p", "p", "p", "q", "q", "r"]
-    assert preference.share(prompts, values) == ratio_estimate([2.0, 1.0, 0.0], [3.0, 2.0, 1.0])
-    assert preference.share(list("aab"), [1.0, 1.0, 0.0])[1:] == (0.0, 1.0)  # and never leaves 0 to 1
+    assert preference.share(prompts, values) == proportion_estimate(3, 6)  # no more alike than those of any prompt
+    # 2 of 2 and 0 of 1: residuals 2 - 2 * 2/3 and 0 - 2/3, variance 2/1 * (4/9 + 4/9) / 9, so worth 2/9 / (16/81) = 9/8
+    assert preference.share(list("aab"), [1.0, 1.0, 0.0]) == pytest.approx(proportion_estimate(0.75, 1.125))
     assert preference.share(list("abcdef"), values) == proportion_estimate(3, 6)
 
 

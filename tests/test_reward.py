@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -15,31 +17,36 @@ from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GemmaConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    NemotronConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from trl import RewardConfig
 
-from rlhf.chain import state_of
+from rlhf.chain import begin_stage, state_of, unmet
 from rlhf.data.rows import Comparison
 from rlhf.errors import DataError, RecipeError, StageFailed, UserError
 from rlhf.functional.bradley_terry import bootstrap_weights
 from rlhf.job import Job
-from rlhf.recipe import Recipe, RewardSection, dump_recipe, load_recipe, parse_recipe
+from rlhf.judge.texts import read_through_template, shortened
+from rlhf.model import last_norm, scale_last_norm
+from rlhf.recipe import Recipe, RequireSection, RewardSection, dump_recipe, load_recipe, parse_recipe
 from rlhf.rundir import RunDir, digest_folder
 from rlhf.runtime import quiet_libraries
 from rlhf.team import Team
 from rlhf.tinyworld.dialogues import split_of_prompt
 from rlhf.tokenizer import encode_chat, encode_prompt, load_tokenizer, token_info, train_bpe
 from stages import reward
-from stages.common import starting_model
+from stages.common import sample_responses, starting_model
 from stages.reward import collect, labellers
 from stages.reward.normalise import normalise_score, score_layer
 from stages.reward.reading import Judge, Pair, Reading, evenly, open_judge
-from stages.reward.train import PairBatches, PairTrainer, pair_order
-from tests.conftest import TINY_RECIPE, rlhf
+from stages.reward.train import PairBatches, PairTrainer, _ready, pair_order
+from tests.conftest import ROOT, TINY_RECIPE, rlhf
 
 SAMPLING = {"max_tokens": 8}
 
@@ -273,6 +280,84 @@ def test_a_python_function_that_answers_badly_is_refused(tmp_path: Path, body: s
         ask(user("Which?"), "a", "b")
 
 
+KILLED = """
+import pathlib, sys
+sys.path.insert(0, {root!r})
+from stages.reward import labellers
+def slow(prompt, first, second):
+    if second == "d":
+        pathlib.Path({asked!r}).write_text("now")
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+ask = labellers.remembering(slow, pathlib.Path({path!r}))
+for other in "bcd":
+    ask([{{"role": "user", "content": "Which?"}}], "a", other)
+"""
+
+
+def test_kill_9_while_a_function_answers_loses_no_answer(tmp_path: Path) -> None:
+    path, asked = tmp_path / "answers.train.jsonl", tmp_path / "asked"
+    code = KILLED.format(root=str(ROOT), asked=str(asked), path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False)
+    assert (done.returncode, asked.exists()) == (-9, True)
+    with path.open("ab") as file:
+        file.write(b'{"prompt": [{"role": "us')  # as if it had been killed while it wrote
+    again: list[str] = []
+
+    def labeller(prompt: Any, first: str, second: str) -> int:
+        again.append(second)
+        return 2
+
+    ask = labellers.remembering(labeller, path)
+    assert [ask(user("Which?"), "a", other) for other in "bcde"] == [1, 1, 2, 2]
+    assert again == ["d", "e"]
+    assert [row["answer"] for row in rows_of(path)] == [1, 1, 2, 2]
+
+
+def test_what_a_function_has_answered_before_it_failed_is_not_asked_again(chat_model: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    body = "    open({!r}, 'a').write(second)\n    {}\n    return 1\n"
+    mine = tmp_path / "mine.py"
+    mine.write_text("def f(prompt, first, second):\n" + body.format(str(asked), "assert first == 'a'"))
+    with pytest.raises(UserError, match="raised AssertionError"):
+        labels(chat_model, tmp_path, "python:mine.py:f", ["a", "b", "c"])
+    mine.write_text("def f(prompt, first, second):\n" + body.format(str(asked), "pass"))
+    found = labels(chat_model, tmp_path, "python:mine.py:f", ["a", "b", "c"])
+    assert [(c.chosen, c.rejected) for c in found.comparisons] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert asked.read_text() == "bccc"  # b, c and c again, of which the last was answered in the second run alone
+
+
+def test_a_function_imports_what_lies_beside_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/beside_it.py").write_text("ANSWER = 2\n")
+    (tmp_path / "mine/labels.py").write_text("import beside_it\ndef f(*_): return beside_it.ANSWER\n")
+    before = list(sys.path)
+    assert labellers.python_labeller("mine/labels.py:f", tmp_path)(user("Which?"), "a", "b") == 2
+    assert sys.path == before
+    monkeypatch.delitem(sys.modules, "beside_it")
+
+
+def test_a_labeller_or_judge_of_a_module_is_stale_when_its_file_changes(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module in a package too, whose own file is not run for that."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package/__init__.py").write_text("raise OSError('imported')\n")
+    for module in ("a_module", "a_package.inner"):
+        file = tmp_path / f"{module.replace('.', '/')}.py"
+        file.write_text("def f(*_): return 1\n")
+        section = {"collect": {**COLLECT, "prompts": [{"path": "p.jsonl"}], "labeller": f"python:{module}:f"}}
+        write(tmp_path / "p.jsonl", {"prompt": "Which?"})
+        recipe, run = make_recipe(chat_model, tmp_path, section), RunDir(tmp_path / "runs" / module)
+        run.create()
+        begin_stage(recipe, "reward", run, "")
+        assert state_of(recipe, "reward", run).name == "interrupted"
+        file.write_text("def f(*_): return 2\n")
+        assert state_of(recipe, "reward", run).why == f"reward.collect.labeller {module}:f has changed"
+
+
 def test_a_file_labels_what_it_holds(chat_model: Path, tmp_path: Path) -> None:
     write(
         tmp_path / "known.jsonl",
@@ -355,14 +440,30 @@ def test_what_is_too_long_loses_the_beginning_of_its_prompt_on_both_sides(chat_m
     reading = reading_of(chat_model, max_tokens=longest, too_long="truncate")
     pair = reading.pair(LONG)
     assert pair is not None
-    assert pair.chosen.tolist() == prompt[3:] + answers[0]
-    assert pair.rejected.tolist() == prompt[3:] + answers[1]
+    assert prompt[0] == tokenizer.bos_token_id
+    assert pair.chosen.tolist() == prompt[:1] + prompt[4:] + answers[0]  # BOS stays
+    assert pair.rejected.tolist() == prompt[:1] + prompt[4:] + answers[1]
+    whole = encode_chat(tokenizer, [*LONG.prompt, {"role": "assistant", "content": LONG.rejected}]).ids
+    as_text = shortened(read_through_template(tokenizer, LONG.prompt, LONG.rejected), longest)
+    assert len(whole) == longest + 3
+    assert pair.rejected.tolist() == as_text.ids  # what a judge that is given the text makes of it
     assert pair.prompt_tokens == len(prompt) - 3
     assert reading.counts == {"truncated": 1}
     reading = reading_of(chat_model, max_tokens=8, too_long="truncate")
     assert len(answers[1]) > 8
     assert reading.pair(LONG) is None  # the responses are never cut
     assert reading.counts == {"dropped": 1}
+
+
+def test_a_prompt_is_cut_down_to_bos_and_no_further(chat_model: Path) -> None:
+    tokenizer = load_tokenizer(chat_model)
+    prompt = encode_prompt(tokenizer, LONG.prompt)
+    answer = encode_chat(tokenizer, [*LONG.prompt, {"role": "assistant", "content": LONG.rejected}]).ids[len(prompt) :]
+    pair = reading_of(chat_model, max_tokens=len(answer) + 1, too_long="truncate").pair(LONG)
+    assert pair is not None
+    assert pair.rejected.tolist() == [tokenizer.bos_token_id, *answer]
+    assert pair.prompt_tokens == 1
+    assert reading_of(chat_model, max_tokens=len(answer), too_long="truncate").pair(LONG) is None
 
 
 def test_what_is_too_long_is_dropped_and_counted_or_an_error(chat_model: Path) -> None:
@@ -380,6 +481,39 @@ def test_what_was_drawn_is_read_as_it_was_drawn(chat_model: Path) -> None:
     pair = reading.pair(LONG)
     assert pair is not None
     assert pair.chosen.tolist() == [5, 6, 7]
+
+
+BLANK_REFUSED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q:{{ m.content }}\n{% elif m.content.strip() %}"
+    "A:{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def test_a_blank_response_that_the_template_hides_is_left_out_and_the_stage_goes_on(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = Path(shutil.copytree(chat_model, tmp_path / "judge"))
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = BLANK_REFUSED
+    tokenizer.save_pretrained(judge)
+
+    def with_blanks(*args: Any) -> list[Any]:
+        found = sample_responses(*args)
+        return [found[0]._replace(ids=[]) if i % 6 == 0 else response for i, response in enumerate(found)]
+
+    monkeypatch.setattr(collect, "sample_responses", with_blanks)
+    summary = run_stage(chat_model, tmp_path, {"collect": COLLECT, "start": str(judge)})
+    folder = stage_folder(tmp_path)
+    for split in ("train", "test"):
+        compared = rows_of(folder / f"comparisons.{split}.jsonl")
+        blank = sum(not (row["chosen"].strip() and row["rejected"].strip()) for row in compared)
+        assert blank >= 2
+        assert summary[f"pairs_{split}_blank"] == blank
+        assert summary[f"pairs_{split}"] == len(compared) - blank
+    assert summary["reference_responses"] == 20  # of 24, as four prompts' first ones are blank
+    said = capsys.readouterr()
+    assert "a response that was drawn is blank" in said.out + said.err
 
 
 def test_long_comparisons_of_a_file_are_counted_and_named(chat_model: Path, tmp_path: Path) -> None:
@@ -421,6 +555,56 @@ def test_the_pairs_of_a_prompt_are_read_together_and_each_as_often() -> None:
     assert len(pair_order(pairs, 4, 20, seed=1)) == 80
     assert pair_order(pairs, 5, 33, seed=1) == order
     assert pair_order(pairs, 5, 33, seed=2) != order
+
+
+@pytest.mark.parametrize(("prompts", "a_step", "epochs"), [(279, 32, 1), (50, 32, 2), (1000, 32, 1), (7, 32, 3)])
+def test_each_pass_reads_each_pair_once_whatever_its_length(prompts: int, a_step: int, epochs: int) -> None:
+    pairs = pairs_of(*[1] * prompts)  # each prompt longer than the one before
+    steps = -(-prompts * epochs // a_step)
+    order = pair_order(pairs, a_step, steps, seed=3)
+    assert len(order) == steps * a_step
+    for number in range(epochs):
+        assert sorted(order[number * prompts : (number + 1) * prompts]) == list(range(prompts))
+    assert all(len(set(order[at : at + a_step])) == a_step for at in range(0, prompts - a_step + 1, a_step))
+
+
+def test_part_of_a_pass_is_a_random_part() -> None:
+    pairs = pairs_of(*[1] * 200)
+    read: Counter[int] = Counter()
+    for seed in range(400):
+        order = pair_order(pairs, 10, 6, seed)
+        assert len(set(order)) == 60
+        read.update(order)
+    # each is read 120 times of 400, give or take 9.2; the longest no more rarely than the shortest
+    assert all(abs(read[place] - 120) < 5 * 9.2 for place in range(200))
+    for part in (range(50), range(150, 200)):
+        assert fmean(read[place] for place in part) == pytest.approx(120, abs=5)
+
+
+def test_pairs_of_like_length_come_in_one_step_in_no_order_of_length() -> None:
+    pairs = pairs_of(*[1] * 1024)
+    order = pair_order(pairs, 32, 32, seed=1)
+    steps = [order[at : at + 32] for at in range(0, 1024, 32)]
+    assert fmean(max(step) - min(step) for step in steps) < 100  # at random it would be about 960
+    middles = [fmean(step) for step in steps]
+    assert 0.25 < fmean(a < b for a, b in itertools.pairwise(middles)) < 0.75
+
+
+@pytest.mark.parametrize(("count", "epochs", "steps", "more"), [(13, 1.0, 4, 3), (13, 0.5, 2, 2), (12, 3.0, 9, 0)])
+def test_a_pass_is_never_cut_short_and_what_fills_the_last_step_is_said(
+    chat_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    count: int,
+    epochs: float,
+    steps: int,
+    more: int,
+) -> None:
+    section = {**preferences(tmp_path), "epochs": epochs, "pairs_per_step": 4}
+    write(tmp_path / "train.jsonl", *({"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(count)))
+    assert run_stage(chat_model, tmp_path, section)["steps"] == steps
+    said = capsys.readouterr()
+    assert (f"; {more} more pairs, of a further pass, fill the last step" in said.out + said.err) == (more > 0)
 
 
 def test_a_response_is_read_once_and_the_loss_is_as_if_each_pair_stood_alone(chat_model: Path, tmp_path: Path) -> None:
@@ -492,6 +676,32 @@ def test_what_is_learned_shows_in_the_validation(chat_model: Path, tmp_path: Pat
     assert summary["accuracy_longer_chosen"] is None
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_test_prompts_that_are_trained_on_are_counted_and_not_measured_on(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], every: bool
+) -> None:
+    section = preferences(tmp_path)  # 12 and 6
+    train, test = rows_of(tmp_path / "train.jsonl"), rows_of(tmp_path / "test.jsonl")
+    turned = {"prompt": train[1]["prompt"], "chosen": train[1]["rejected"], "rejected": train[1]["chosen"]}
+    seen = [train[0], turned, {**train[2], "chosen": "another"}, {**train[2], "rejected": "a third"}]
+    write(tmp_path / "test.jsonl", *([] if every else test), *seen)
+    summary = run_stage(chat_model, tmp_path, section)
+    said = capsys.readouterr()
+    assert (summary["pairs_test_seen"], summary["prompts_test_seen"]) == (2, 3)
+    assert (summary["pairs_test"], summary["pairs_test_unseen"]) == ((4, 0) if every else (6, 6))
+    assert "warning: 3 of the test prompts are trained on as well" in said.out + said.err
+    wanted = RequireSection(accuracy=0.0)  # type: ignore[call-arg]
+    reasons = ["the prompts of all 4 test comparisons are trained on as well"] if every else []
+    assert unmet(wanted, summary) == reasons
+    assert unmet(RequireSection(), summary) == []  # type: ignore[call-arg]
+
+
+def test_nothing_is_seen_where_nothing_is_shared(chat_model: Path, tmp_path: Path) -> None:
+    summary = run_stage(chat_model, tmp_path, preferences(tmp_path))
+    assert [summary[f"{name}_seen"] for name in ("pairs_test", "prompts_test")] == [0, 0]
+    assert summary["pairs_test_unseen"] == summary["pairs_test"] == 6
+
+
 def test_at_most_so_many_are_looked_at_evenly() -> None:
     assert evenly(range(5), 8) == [0, 1, 2, 3, 4]
     assert evenly(range(10), 4) == [0, 2, 5, 7]
@@ -516,6 +726,68 @@ def test_low_rank_adapters_are_saved_and_merged(chat_model: Path, tiny_llama: Pr
     trained, before = (dict(model.named_parameters()) for model in (whole, tiny_llama))
     assert torch.equal(trained["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert torch.equal(trained["model.norm.weight"], before["model.norm.weight"])
+
+
+KINDS = {"llama": LlamaConfig, "gemma": GemmaConfig, "nemotron": NemotronConfig, "gpt2": GPT2Config}
+SIZES: dict[str, int] = {"vocab_size": 50, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
+
+
+def classifier_of(kind: str, gain: float) -> PreTrainedModel:
+    """A random classifier whose last norm multiplies by about `gain`, however it keeps that."""
+    torch.manual_seed(5)
+    config = KINDS[kind](**SIZES, num_labels=1, pad_token_id=0)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in last_norm(model).named_parameters():
+            offset = 1.0 if name == "weight" and kind in ("gemma", "nemotron") else 0.0
+            size = gain * (1 + 0.3 * torch.randn(32)) if name == "weight" else gain * 0.1 * torch.randn(32)
+            parameter.copy_(size - offset)
+        model.score.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("gain", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_head_reads_states_of_size_1_and_what_is_saved_is_what_was_trained(
+    chat_model: Path, tmp_path: Path, kind: str, gain: float
+) -> None:
+    """With low-rank adapters the base gets its norm back; the scores stay."""
+    model = classifier_of(kind, gain)
+    before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    job = job_of(make_recipe(chat_model, tmp_path, {**preferences(tmp_path), "lora": {"rank": 2}}), tmp_path)
+    assert job.recipe.reward
+    adapted, restore = _ready(job, job.recipe.reward, Judge(model, load_tokenizer(chat_model), True, True, []))
+    ids = torch.randint(1, 50, (16, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        read = adapted.get_base_model().base_model(input_ids=ids).last_hidden_state
+        trained = adapted(input_ids=ids).logits
+        restore()
+        kept = adapted(input_ids=ids).logits
+    assert read.square().mean().sqrt().item() == pytest.approx(1.0, abs=0.1)
+    assert torch.allclose(trained, kept, rtol=1e-4, atol=1e-4)
+    norm = last_norm(model).state_dict()
+    assert norm
+    for name, value in norm.items():
+        assert any(torch.equal(value, was) for full, was in before.items() if full.endswith(f".{name}")), name
+
+
+def test_a_norm_whose_gain_does_not_follow_its_weight_or_is_nothing_is_left_alone() -> None:
+    class Capped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((32,), 3.0))
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(states, (32,)) * torch.tanh(self.weight) * 5
+
+    model = classifier_of("llama", 1.0)
+    model.base_model.norm = Capped()
+    assert scale_last_norm(model) == 1.0
+    assert torch.equal(last_norm(model).weight, torch.full((32,), 3.0))
+    model = classifier_of("llama", 0.0)
+    assert scale_last_norm(model) == 1.0
+    assert torch.equal(last_norm(model).weight, torch.zeros(32))
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
@@ -608,6 +880,61 @@ def test_a_normalisation_that_did_not_take_is_an_error(chat_model: Path, monkeyp
     monkeypatch.setattr("stages.reward.normalise.score_layer", lambda _: torch.nn.Linear(1, 1))
     with pytest.raises(StageFailed, match="after the normalisation a score is off by"):
         normalise_score(Team(), model, rows)
+
+
+def began(recipe: Recipe, folder: Path) -> RunDir:
+    """A run whose reward stage has begun as this recipe says."""
+    run = RunDir(folder / "runs/begun")
+    shutil.rmtree(run.path, ignore_errors=True)
+    run.create()
+    begin_stage(recipe, "reward", run, "")
+    return run
+
+
+PPO: dict[str, Any] = {
+    "prompts": [{"path": "prompts.jsonl"}],
+    "test_prompts": [{"path": "prompts.jsonl"}],
+    "updates": 1,
+    "episodes_per_update": 4,
+    "minibatches": 1,
+    "learning_rate": 1e-3,
+}
+
+
+def test_what_the_score_is_normalised_on_makes_the_stage_stale(chat_model: Path, tmp_path: Path) -> None:
+    section = preferences(tmp_path)
+    del section["sampling"]
+    write(tmp_path / "prompts.jsonl", {"prompt": "Which?"})
+
+    def recipe(reward: dict[str, Any], tokens: int, **ppo: Any) -> Recipe:
+        return make_recipe(chat_model, tmp_path, reward, ppo={**PPO, "sampling": {"max_tokens": tokens}, **ppo})
+
+    run = began(recipe(section, 8), tmp_path)
+    assert state_of(recipe(section, 8, updates=2), "reward", run).name == "interrupted"
+    assert state_of(recipe(section, 9), "reward", run).why == "ppo.sampling.max_tokens: 8 -> 9"
+    own = {**section, "sampling": {"max_tokens": 8}}
+    run = began(recipe(own, 8), tmp_path)
+    assert state_of(recipe(own, 9), "reward", run).name == "interrupted"  # ppo's isn't used
+    judge = {"from": str(chat_model), "test": section["test"], "sampling": {"max_tokens": 8}}
+    run = began(recipe(judge, 8), tmp_path)
+    write(tmp_path / "prompts.jsonl", {"prompt": "Which one?"})
+    assert state_of(recipe(judge, 8), "reward", run).why == "file prompts.jsonl has changed"
+    more = [{"path": "prompts.jsonl", "rows": 1}]
+    assert "ppo.prompts" in state_of(recipe(judge, 8, prompts=more), "reward", run).why
+
+
+def test_sfts_way_is_used_where_there_is_no_ppo(chat_model: Path, tmp_path: Path) -> None:
+    section = preferences(tmp_path)
+    del section["sampling"]
+    write(tmp_path / "sft.jsonl", {"prompt": "a", "completion": "b"})
+
+    def recipe(tokens: int) -> Recipe:
+        rows, sizes = [{"path": "sft.jsonl"}], {"steps": 1, "dialogues_per_step": 1, "max_tokens": 32}
+        sampling = {"max_tokens": tokens}
+        sft = {"train": rows, "validation": rows, **sizes, "learning_rate": 1e-3, "sampling": sampling}
+        return make_recipe(chat_model, tmp_path, section, sft=sft)
+
+    assert state_of(recipe(9), "reward", began(recipe(8), tmp_path)).why == "sft.sampling.max_tokens: 8 -> 9"
 
 
 def test_how_the_reference_answers_is_asked_before_anything_is_done(chat_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+NO_VARIANCE = 1e-12  # of a share: less is rounding
 
 
 class Estimate(NamedTuple):
@@ -30,14 +31,34 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def proportion_estimate(right: float, n: int) -> Estimate:
-    """A share of n independent yes-or-no trials with Wilson's score interval (Wilson 1927). n is at least 1."""
+def proportion_estimate(right: float, n: float) -> Estimate:
+    """A share of n independent yes-or-no trials with Wilson's score interval (Wilson 1927).
+
+    n need not be whole: trials that are not independent are worth fewer (`clustered_estimate`).
+    """
     if n == 0:
         raise ValueError("no trials to take the share of")
     share = right / n
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def clustered_estimate(groups: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of values from 0 to 1 that come in independent groups: Wilson's interval on the effective sample size.
+
+    n values that vary from group to group with variance V of their mean are worth p (1 - p) / V independent trials
+    (Kish 1965: n over the design effect), at most n. Where the groups show no difference, as where all is right or
+    there is one group, a group counts as one trial. Raises ValueError without values.
+    """
+    n = sum(map(len, groups))
+    found = ratio_estimate([math.fsum(group) for group in groups], [float(len(group)) for group in groups])
+    share, variance = min(1.0, found.mean), ((found.high - found.low) / (2 * Z95)) ** 2
+    if variance < NO_VARIANCE:
+        effective = float(sum(1 for group in groups if group))
+    else:
+        effective = min(n, share * (1 - share) / variance)
+    return proportion_estimate(share * effective, effective)
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

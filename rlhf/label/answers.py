@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from rlhf.data.rows import Malformed, messages_at
-from rlhf.errors import DataError, UserError
+from rlhf.errors import DataError, RlhfError, UserError
 from rlhf.functional.intervals import Estimate, proportion_estimate
 from rlhf.label.pairs import Pair, Question
 from rlhf.rundir import sync_folder, write_atomically
@@ -140,16 +140,25 @@ class AnswerLog:
         return found
 
     def _write_preferences(self) -> None:
-        """The preferences of all first answers. Written anew as a whole, so that no reader finds half a line."""
+        """The preferences of all first answers. Written anew as a whole, so that no reader finds half a line.
+
+        Raises RlhfError, saying that no answer is lost, where there is no room for them.
+        """
         source = f"person:{self.name}"
         lines = [
             json.dumps({**row, "labeller": self.name, "source": source}, ensure_ascii=False) + "\n"
             for row in preferences(self.answers)
         ]
-        if lines:
-            write_atomically(self.preferences_file, "".join(lines))
-        else:
-            self.preferences_file.unlink(missing_ok=True)
+        try:
+            if lines:
+                write_atomically(self.preferences_file, "".join(lines))
+            else:
+                self.preferences_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise RlhfError(
+                f"{self.preferences_file} can't be written: {error.strerror}. Every answer, the last one too, is kept "
+                f"in {self.path}: free some space and give the same command again, which makes the file from it"
+            ) from None
 
 
 def _parsed(line: bytes) -> Answer | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlhf.data.reader import Faults
-from rlhf.errors import MissingInput, UserError
+from rlhf.errors import MissingInput, RlhfError, UserError
 from rlhf.label.answers import AnswerLog, Tally, tally
 from rlhf.label.pairs import Pair, in_order, next_question, read_pairs
 from rlhf.label.screen import Screen
@@ -32,9 +32,11 @@ def label(run_dir: Path, *, name: str, pairs: Path | None, repeats: float, seed:
         notes = [faults.report()]
         if log.torn:
             notes.append(f"the last answer was cut short when its process ended, and is asked again ({log.path})")
-        with suppress(KeyboardInterrupt, EOFError):
-            _ask_all(log, screen, order, seed, repeats, " ".join(filter(None, notes)))
-        screen.end()
+        try:
+            with suppress(KeyboardInterrupt, EOFError):
+                _ask_all(log, screen, order, seed, repeats, " ".join(filter(None, notes)))
+        finally:
+            screen.end()
         screen.say(_totals(log, order))
 
 
@@ -83,7 +85,7 @@ def _ask_all(log: AnswerLog, screen: Screen, order: Sequence[Pair], seed: int, r
         note = ""
         if said == "quit":
             return
-        with _uninterrupted():
+        with _uninterrupted(), _kept(log):
             if said != "undo":
                 log.record(question, said, time.monotonic() - shown)
             else:
@@ -98,6 +100,18 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _kept(log: AnswerLog) -> Iterator[None]:
+    """Within, an answer is written. Raises RlhfError, saying what is lost, where there is no room for it."""
+    try:
+        yield
+    except OSError as error:
+        raise RlhfError(
+            f"{log.path} can't be written: {error.strerror}. The last key counts for nothing; every answer before it "
+            "is kept there: free some space and give the same command again, which goes on with that question"
+        ) from None
 
 
 def _done(log: AnswerLog, order: Sequence[Pair]) -> int:

@@ -19,7 +19,7 @@ from rlhf.runtime import log
 from stages.common import card_facts, open_data, report_faults, starting_model
 from stages.lora import merged, save_adapter
 from stages.reward.collect import Collected, Split, collect_comparisons
-from stages.reward.measure import measure_judge
+from stages.reward.measure import held_out, measure_judge
 from stages.reward.normalise import normalise_score, reference_rows, reference_way
 from stages.reward.reading import Judge, Pair, Reading, chat_tokenizer, open_judge
 from stages.reward.train import Trained, train_judge
@@ -38,7 +38,8 @@ def run(job: Job) -> dict[str, Any]:
     if judge.shares_tokens:
         _know(reading, collected)
     found = {split: _pairs(job, settings, reading, collected.get(split), split) for split in splits}
-    train_pairs, test_pairs = found["train"].pairs if "train" in found else [], found["test"].pairs
+    train_pairs = found["train"].pairs if "train" in found else []
+    test_pairs, seen = held_out(train_pairs, found["test"].pairs)
     rows = reference_rows(job, reference, judge, reading, collected.get("train"), train_pairs, test_pairs)
 
     trained = Trained(judge.model, {"pairs_train": 0})
@@ -49,7 +50,7 @@ def run(job: Job) -> dict[str, Any]:
     summary: dict[str, Any] = {"parameters": count_parameters(model)}
     for split in splits:
         summary |= found[split].figures
-    summary |= trained.figures | normalised.figures
+    summary |= seen | trained.figures | normalised.figures
     summary |= measure_judge(job, model, train_pairs, test_pairs, settings.gold_margin, 1 / normalised.deviation)
     _say(summary)
     if job.team.is_main:
@@ -78,7 +79,7 @@ def _pairs(job: Job, settings: RewardSection, reading: Reading, collected: Colle
     Raises DataError where there is none, unless an existing judge is taken and none were asked for.
     """
     figures = dict(collected.figures) if collected else {}
-    made = [reading.pair(comparison) for comparison in collected.comparisons] if collected else []
+    made = [reading.drawn_pair(comparison) for comparison in collected.comparisons] if collected else []
     for source in settings.train if split == "train" else settings.test:
 
         def named(comparison: Comparison, name: str = str(source)) -> Pair | None:
@@ -88,22 +89,31 @@ def _pairs(job: Job, settings: RewardSection, reading: Reading, collected: Colle
         made += list(dataset)
         report_faults(dataset)
     pairs = [pair for pair in made if pair is not None]
-    figures |= _too_long(reading, split, len(made))
+    figures |= _left_out(reading, split, len(made))
     if not pairs and (made or not settings.from_):
-        raise DataError(f"reward.{split}: no comparison of at most {reading.longest} tokens")
+        raise DataError(f"reward.{split}: no comparison of at most {reading.longest} tokens that the judge can read")
     return Pairs(pairs, figures)
 
 
-def _too_long(reading: Reading, split: Split, found: int) -> dict[str, Any]:
-    """What was done about comparisons that are too long; the user is told too."""
-    dropped, truncated = reading.counts["dropped"], reading.counts["truncated"]
+def _left_out(reading: Reading, split: Split, found: int) -> dict[str, Any]:
+    """What was done about comparisons that can't be read as they are; the user is told too."""
+    dropped, truncated, blank = (reading.counts[what] for what in ("dropped", "truncated", "blank"))
     reading.counts.clear()
     if dropped or truncated:
         log(
             f"reward: {split}: of {found} comparisons {dropped} are longer than {reading.longest} tokens and left out, "
             f"and of {truncated} the beginning of the prompt is cut off"
         )
-    return {f"pairs_{split}_too_long": dropped, f"pairs_{split}_truncated": truncated}
+    if blank:
+        log(
+            f"reward: {split}: of {found} comparisons {blank} are left out, since a response that was drawn is blank, "
+            "and the judge's chat template doesn't show such a turn"
+        )
+    return {
+        f"pairs_{split}_too_long": dropped,
+        f"pairs_{split}_truncated": truncated,
+        f"pairs_{split}_blank": blank,
+    }
 
 
 def _merged(job: Job, judge: Judge, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -125,8 +135,9 @@ def _say(summary: dict[str, Any]) -> None:
         log("reward: the judge is taken as it is; without comparisons (`reward.test`) its accuracy is not known")
         return
     gold, error = summary.get("gold_accuracy"), summary["calibration_error"]
+    kind = "held-out pairs" if summary["pairs_test_unseen"] else "pairs with prompts that it was trained on"
     log(
-        f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']:,} held-out pairs; 'longer wins' has "
+        f"reward: accuracy {summary['accuracy']:.3f} on {summary['pairs_test']:,} {kind}; 'longer wins' has "
         f"{summary['length_baseline_accuracy']:.3f}"
         + (f"; gold accuracy {gold:.3f}" if gold is not None else "")
         + (f"; calibration error {error:.3f} with its temperature" if error is not None else "")

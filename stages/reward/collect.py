@@ -16,6 +16,7 @@ from rlhf.data.sources import shuffled
 from rlhf.errors import DataError, UserError
 from rlhf.job import Job
 from rlhf.recipe import CollectSection, SamplerSection, Sampling
+from rlhf.rollout import cut_at_stop
 from rlhf.rundir import write_atomically
 from rlhf.runtime import derive_seed, device
 from rlhf.saver import once
@@ -193,7 +194,8 @@ def draw_once(
         seed = derive_seed(job.recipe.seed, "reward", *purpose)
         what = f"reward: sampling {purpose[0]}"
         responses = sample_responses(job, model, tokenizer, [ids for _, ids in asked], sampling, seed, what)
-        texts = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in responses]
+        whole = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in responses]
+        texts = [cut_at_stop(text, sampling.stop) for text in whole]
         rows = [
             Drawn(place, text, ids + response.ids)
             for (place, ids), text, response in zip(asked, texts, responses, strict=True)

@@ -50,6 +50,8 @@ def label_all(job: Job, name: str, responses: Sequence[tuple[Messages, list[str]
         counts: Counter[str] = Counter()
         if job.team.is_main:
             labeller = _labeller(job, name, split)
+            if name.startswith("python:"):
+                labeller = remembering(labeller, job.directory.path / f"answers.{split}.jsonl")
             asked = ((prompt, *two) for prompt, texts in responses for two in itertools.combinations(texts, 2))
             with Bar(f"reward: comparing {split}", total) as bar:
                 rows = _answers(labeller, asked, name, counts, bar)
@@ -134,6 +136,36 @@ def python_labeller(reference: str, root: Path) -> Labeller:
         return choice
 
     return ask
+
+
+def remembering(labeller: Labeller, path: Path) -> Labeller:
+    """The labeller with what it has said in a file, a line an answer as it comes; it isn't asked again what is there.
+
+    So a labeller that costs time or money loses nothing when the process is killed. A last line that was cut short is
+    asked again.
+    """
+    kept = path.read_bytes() if path.exists() else b""
+    kept = kept[: kept.rfind(b"\n") + 1]
+    with path.open("ab") as file:
+        file.truncate(len(kept))
+    said = {json.dumps([row["prompt"], row["first"], row["second"]]): row["answer"] for row in _rows(kept)}
+    if said:
+        log(f"reward: {len(said)} answers in {path.name} are from before the stage was interrupted, and used again")
+
+    def ask(prompt: Messages, first: str, second: str) -> int | None:
+        key = json.dumps([prompt, first, second])
+        if key not in said:
+            said[key] = labeller(prompt, first, second)
+            row = {"prompt": prompt, "first": first, "second": second, "answer": said[key]}
+            with path.open("ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+        return said[key]
+
+    return ask
+
+
+def _rows(lines: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines.split(b"\n")[:-1]]
 
 
 def _asked(prompt: Messages, first: str, second: str) -> str:

@@ -1,14 +1,16 @@
 """What a judge knows about itself: it reads the held-out comparisons; evaluation.preference counts and draws."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaluation import plots, preference
 from evaluation.preference import Answer, Calibration, Outcome
 from rlhf.functional.intervals import Estimate, mean_estimate
 from rlhf.job import Job
 from rlhf.judge import score_means
+from rlhf.runtime import log
 from rlhf.team import Team
 from stages.reward.normalise import score_rows
 from stages.reward.reading import Ids, Pair, evenly
@@ -23,6 +25,42 @@ NOT_MEASURED: dict[str, Any] = {
     "length_baseline_accuracy": None,
     "length_baseline_accuracy_ci95": None,
 }
+
+
+class HeldOut(NamedTuple):
+    """The test comparisons to measure on, and what the summary says of them."""
+
+    pairs: list[Pair]
+    figures: dict[str, int]
+
+
+def held_out(train: Sequence[Pair], test: Sequence[Pair]) -> HeldOut:
+    """The test comparisons whose prompts no training comparison has.
+
+    All of them where every prompt was trained on: then `pairs_test_unseen` is 0, and `reward.require` is not met.
+    """
+    prompts = {json.dumps(pair.comparison.prompt) for pair in train}
+    trained = {_compared(pair) for pair in train}
+    unseen = [pair for pair in test if json.dumps(pair.comparison.prompt) not in prompts]
+    figures = {
+        "pairs_test_unseen": len(unseen),
+        "pairs_test_seen": sum(_compared(pair) in trained for pair in test),
+        "prompts_test_seen": len(prompts & {json.dumps(pair.comparison.prompt) for pair in test}),
+    }
+    if len(unseen) < len(test):
+        log(
+            f"reward: warning: {figures['prompts_test_seen']} of the test prompts are trained on as well, with "
+            f"{len(test) - len(unseen)} of the {len(test)} test comparisons ({figures['pairs_test_seen']} are training "
+            "comparisons themselves); "
+            + ("these are not measured on" if unseen else "with no others, what is measured is too good")
+        )
+    return HeldOut(unseen or list(test), figures)
+
+
+def _compared(pair: Pair) -> str:
+    """What a comparison is of, whichever response is the better one."""
+    comparison = pair.comparison
+    return json.dumps([comparison.prompt, sorted((comparison.chosen, comparison.rejected))])
 
 
 def measure_judge(

@@ -78,12 +78,14 @@ def reference_rows(
         purpose = ("the reference", "draws")
         drawn = draw_once(job, reference, prompts, 1, way, "responses-reference", "reward.sampling", purpose, most)
         responses = [Sampled(prompts[row.place], row.text, row.ids) for row in drawn]
+    reading.counts.clear()
     rows = [reading.conversation(r.prompt, r.text, r.ids if judge.shares_tokens else None) for r in responses]
     fit = [row for row in rows if row is not None]
     if len(fit) < len(rows):
         log(
-            f"reward: {len(rows) - len(fit)} of {len(rows)} of the reference's responses are longer than "
-            f"{reading.longest} tokens and left out of the normalisation"
+            f"reward: {len(rows) - len(fit)} of {len(rows)} of the reference's responses are left out of the "
+            f"normalisation: {reading.counts['dropped']} are longer than {reading.longest} tokens, and "
+            f"{reading.counts['blank']} are blank, which the judge's chat template doesn't show"
         )
     if len(fit) < 2:
         raise DataError(f"reward: {len(fit)} of the reference's responses can be scored, and two are the least")

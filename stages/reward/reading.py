@@ -81,7 +81,8 @@ class Pair(NamedTuple):
 class Reading:
     """Conversations as a judge's token ids, none longer than it may read.
 
-    `counts` says what was done about longer ones: "dropped" or "truncated", in pairs.
+    `counts` says what was done about longer ones: "dropped" or "truncated", in pairs; and how many pairs or
+    conversations were left out since the chat template doesn't show a response that is blank: "blank".
     """
 
     def __init__(self, judge: Judge, settings: RewardSection) -> None:
@@ -108,10 +109,21 @@ class Reading:
             return None
         return Pair(comparison, fit[0], fit[1], prompt_tokens - (len(both[0]) - len(fit[0])))
 
+    def drawn_pair(self, comparison: Comparison) -> Pair | None:
+        """`pair` of responses that a model drew; None also where a blank one can't be shown."""
+        prompt, *both = comparison[:3]
+        if not all(self._shows(prompt, text) for text in both):
+            self.counts["blank"] += 1
+            return None
+        return self.pair(comparison)
+
     def conversation(self, prompt: Messages, response: str, ids: Sequence[int] | None) -> Ids | None:
         """A conversation as ids, those that were drawn where they are given; None where it is too long and not to be
-        truncated.
+        truncated, or where a blank response can't be shown.
         """
+        if ids is None and not self._shows(prompt, response):
+            self.counts["blank"] += 1
+            return None
         drawn = self._ids(prompt, response) if ids is None else np.asarray(ids, dtype=np.int32)
         too_long: TooLong = "truncate" if self._too_long == "truncate" else "drop"
         fit = self._fit(self._tokens_of(prompt), [drawn], too_long)
@@ -130,8 +142,21 @@ class Reading:
             self._known[key] = np.asarray(encode_chat(self._tokenizer, messages).ids, dtype=np.int32)
         return self._known[key]
 
+    def _shows(self, prompt: Messages, response: str) -> bool:
+        """Whether a response can be laid out; a chat template may leave out one that is blank."""
+        if response.strip():
+            return True
+        try:
+            self._ids(prompt, response)
+        except UserError:
+            return False
+        return True
+
     def _fit(self, prompt_tokens: int, rows: list[Ids], too_long: TooLong) -> list[Ids] | None:
-        """Conversations with one prompt, cut by the same number of the prompt's oldest tokens where one is too long."""
+        """Conversations with one prompt, cut by the same number of the prompt's oldest tokens where one is too long.
+
+        BOS stays: every judge reads it first.
+        """
         longest = max(map(len, rows))
         over = longest - self.longest
         if over <= 0:
@@ -141,11 +166,12 @@ class Reading:
                 f"prompt and response have {longest} tokens, more than the {self.longest} that the judge may read "
                 "(reward.max_tokens and its context; reward.too_long: drop or truncate)"
             )
-        if too_long == "drop" or over > prompt_tokens:
+        begins = int(rows[0][0] == self._tokenizer.bos_token_id)
+        if too_long == "drop" or over > prompt_tokens - begins:
             self.counts["dropped"] += 1
             return None
         self.counts["truncated"] += 1
-        return [row[over:] for row in rows]
+        return [np.concatenate([row[:begins], row[begins + over :]]) for row in rows]
 
 
 def evenly(items: Sequence[Any], n: int) -> list[Any]:

@@ -4,6 +4,7 @@ The comparisons of a prompt are read together, as InstructGPT does: a response t
 pass is read once there. With K responses a prompt that is K sequences instead of K (K - 1).
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from rlhf.job import Job
 from rlhf.model import count_parameters, disable_dropout, last_norm, scale_last_norm
 from rlhf.recipe import RewardSection, microbatches
 from rlhf.runtime import derive_seed, log
-from stages.common import training_order
+from stages.common import BUCKET
 from stages.lora import add_adapters, trained_parameters
 from stages.reward.normalise import score_layer, score_rows
 from stages.reward.reading import Ids, Judge, Pair, evenly
@@ -49,11 +50,14 @@ def train_judge(job: Job, settings: RewardSection, judge: Judge, pairs: list[Pai
     seed = job.recipe.seed
     model, restore = _ready(job, settings, judge)
     size, passes = microbatches(job.recipe, "reward", job.team.size)
-    steps = max(1, round(settings.epochs * len(pairs) / settings.pairs_per_step))
+    wanted = max(1, round(settings.epochs * len(pairs)))
+    steps = -(-wanted // settings.pairs_per_step)
+    more = steps * settings.pairs_per_step - wanted
     log(
         f"reward: {count_parameters(model):,} parameters, {trained_parameters(model):,} of them trained; "
         f"{len(pairs):,} pairs, {settings.epochs} epochs = {steps} steps of {settings.pairs_per_step} pairs "
         f"({job.team.size} processes x {passes} microbatches x {size})"
+        + (f"; {more} more pairs, of a further pass, fill the last step" if more else "")
     )
     batches = PairBatches(
         pairs,
@@ -98,8 +102,7 @@ def _ready(job: Job, settings: RewardSection, judge: Judge) -> tuple[PreTrainedM
     model.config.use_cache = False  # there is nothing to go on from
     norm = last_norm(model) if judge.fresh_head else None
     before = [parameter.detach().clone() for parameter in norm.parameters()] if norm else []
-    if norm:
-        scale_last_norm(model)
+    scale = scale_last_norm(model) if norm else 1.0
     if settings.lora is None:
         return model, lambda: None
     torch.manual_seed(derive_seed(job.recipe.seed, "reward", "adapters"))
@@ -108,7 +111,7 @@ def _ready(job: Job, settings: RewardSection, judge: Judge) -> tuple[PreTrainedM
     @torch.no_grad()
     def restore() -> None:
         if norm:
-            score_layer(adapted).weight.div_(before[0].square().mean().sqrt())
+            score_layer(adapted).weight.div_(scale)
             for parameter, value in zip(norm.parameters(), before, strict=True):
                 parameter.copy_(value)
 
@@ -135,20 +138,58 @@ def _arguments(job: Job, settings: RewardSection, steps: int, size: int, passes:
     )
 
 
+Group = list[int]  # the places of a prompt's pairs
+
+
 def pair_order(pairs: Sequence[Pair], pairs_per_step: int, steps: int, seed: int) -> list[int]:
-    """Which pair is read at each place of the training: prompt after prompt, in random order, all pairs of each."""
-    groups: dict[str, list[int]] = {}
+    """Which pair is read at each place of the training: pass after pass over all pairs, as far as the steps go.
+
+    Each pass takes the prompts in a new random order, all pairs of one together; where the steps end within a pass,
+    what is read of it is a random part.
+    """
+    random = np.random.default_rng(derive_seed(seed, "reward", "order"))
+    groups: dict[str, Group] = {}
     for place, pair in enumerate(pairs):
         groups.setdefault(json.dumps(pair.comparison.prompt), []).append(place)
     members = list(groups.values())
-    lengths = [max(max(len(pairs[place].chosen), len(pairs[place].rejected)) for place in group) for group in members]
-    wanted = steps * pairs_per_step
-    together = max(1, round(pairs_per_step * len(members) / len(pairs)))  # prompts of one step
-    passes = -(-wanted // len(pairs))
-    order = training_order(
-        lengths, together, -(-passes * len(members) // together), derive_seed(seed, "reward", "order")
-    )
-    return [place for group in order for place in members[group]][:wanted]
+    lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    order: list[int] = []
+    while (left := steps * pairs_per_step - len(order)) > 0:
+        read: list[Group] = []
+        for number in random.permutation(len(members)):
+            read.append(members[number][: max(0, left)])
+            left -= len(read[-1])
+        order += _like_lengths_together(read, lengths, pairs_per_step, len(order), random)
+    return order
+
+
+def _like_lengths_together(
+    groups: Sequence[Group], lengths: Sequence[int], pairs_per_step: int, start: int, random: np.random.Generator
+) -> list[int]:
+    """The pairs of a pass that starts at this place of the training, so that little is padded.
+
+    The prompts of every 16 steps are sorted by length and dealt in equal numbers, and these parts put in random order;
+    a step that the pass shares with another one is left as it is. Where some prompts have more pairs than others, a
+    part is not quite a step, and a step has pairs of several lengths.
+    """
+    by_step = _by_step(groups, pairs_per_step, start)
+    first = int(start % pairs_per_step > 0)
+    last = max(first, len(by_step) - int((start + sum(map(len, groups))) % pairs_per_step > 0))
+    dealt = by_step[:first]
+    for bucket in range(first, last, BUCKET):
+        steps = by_step[bucket : min(bucket + BUCKET, last)]
+        together = sorted(itertools.chain(*steps), key=lambda group: max(lengths[place] for place in group))
+        each = round(len(together) / len(steps))
+        by_length = [together[at : at + each] for at in range(0, len(together), each)]
+        dealt += [by_length[number] for number in random.permutation(len(by_length))]
+    return [place for step in (*dealt, *by_step[last:]) for group in step for place in group]
+
+
+def _by_step(groups: Sequence[Group], pairs_per_step: int, start: int) -> list[list[Group]]:
+    """The groups that begin in one step together, for each step in which one begins; the first begins at `start`."""
+    starts = itertools.accumulate(map(len, groups), initial=start)
+    numbered = [(place // pairs_per_step, group) for place, group in zip(starts, groups, strict=False) if group]
+    return [[group for _, group in step] for _, step in itertools.groupby(numbered, key=lambda one: one[0])]
 
 
 class PairBatches:
