@@ -379,12 +379,18 @@ def _files(directory: Path) -> Iterator[Path]:
     return (path for path in directory.iterdir() if path.is_file())
 
 
-def model_card(title: str, what: str, facts: dict[str, Any]) -> str:
+ADAPTER_LOADS = (
+    "loads with `peft` onto the base that it was trained on. Where the tokenizer here has more tokens than the base, "
+    "`base.resize_token_embeddings(len(tokenizer))` comes first; their rows are in the adapter"
+)
+
+
+def model_card(title: str, what: str, facts: dict[str, Any], loads: str = "loads with plain `transformers`") -> str:
     """The README.md of a model directory: what it is, how it is loaded, and its figures."""
     rows = "\n".join(f"| {key} | {json.dumps(value, ensure_ascii=False)} |" for key, value in facts.items())
     return (
         f"---\nlibrary_name: transformers\ntags: [rlhf]\n---\n\n# {title}\n\n{what}\n\n"
-        f"Made by the package `rlhf`; loads with plain `transformers`.\n\n| | |\n| --- | --- |\n{rows}\n"
+        f"Made by the package `rlhf`; {loads}.\n\n| | |\n| --- | --- |\n{rows}\n"
     )
 
 

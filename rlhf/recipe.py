@@ -267,6 +267,11 @@ class CollectSection(Section):
             )
         if self.labeller == "tinyworld" and any(source.builtin is None for source in self.prompts):
             raise ValueError("the labeller tinyworld knows its own prompts only; name another for prompts of yours")
+        if len(self.samplers) > self.responses_per_prompt:
+            raise ValueError(
+                f"responses_per_prompt is {self.responses_per_prompt}, so not all of the {len(self.samplers)} samplers "
+                "would answer a prompt"
+            )
         return self
 
 
@@ -340,7 +345,11 @@ class JudgeSection(Section):
     model: str | None = Field(
         None, description="`reward`: the reward stage's model; else a sequence classifier's directory or hub id"
     )
-    python: str | None = Field(None, description="MODULE:FUNCTION or FILE.py:FUNCTION: conversations -> scores")
+    python: str | None = Field(
+        None,
+        description="MODULE:FUNCTION or FILE.py:FUNCTION (below data.root): from a list of {prompt: messages, "
+        "response: text} to a list of scores",
+    )
     weight: float = Field(1.0, description="times its score in the sum; negative: a penalty; 0: only logged")
     label: str | StrictInt | None = Field(
         None, description="which output counts, where a classifier has several (name or number)"
@@ -366,7 +375,9 @@ class JudgeSection(Section):
         if self.python:
             return self.python.rpartition(":")[2]
         assert self.model is not None
-        return Path(self.model).name
+        path = Path(self.model)
+        ours = path.name == "model" and len(path.parts) > 2  # RUN/STAGE/model
+        return "-".join(path.parts[-3:-1]) if ours else path.name
 
 
 class KlSection(Section):

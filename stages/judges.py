@@ -126,7 +126,7 @@ def build_critic(
     wanted = recipe.ppo.critic_from
     judged = any(section.model == "reward" and section.weight > 0 for section in recipe.ppo.judge)
     if wanted is None and not judged:
-        log("ppo: the critic starts from the policy, since no reward model is part of the score")
+        log("ppo: the critic starts from the policy, since the reward stage's model is no part of the score")
     if wanted == "policy" or (wanted is None and not judged):
         return critic_from_policy(policy.causal_lm())
     start = reward_start(recipe, run)

@@ -23,6 +23,7 @@ from rlhf.errors import DataError, MissingInput, StageFailed, UserError
 from rlhf.functional.intervals import proportion_estimate, ratio_estimate
 from rlhf.job import Job
 from rlhf.model import (
+    ADAPTER_LOADS,
     check_vocabulary,
     count_parameters,
     disable_dropout,
@@ -96,9 +97,8 @@ def run(job: Job) -> dict[str, Any]:
     facts = _facts(settings, adapted, train, validation, order, training)
     if isinstance(adapted, PeftModel):
         if job.team.is_main:
-            card = model_card(
-                f"{recipe.name}: chat model (SFT), adapter", f"Low-rank adapters for {start.name}.", facts
-            )
+            what = f"Low-rank adapters for {start.name}."
+            card = model_card(f"{recipe.name}: chat model (SFT), adapter", what, facts, ADAPTER_LOADS)
             save_adapter(adapted, tokenizer, directory.path / "adapter", card)
         model = merged(adapted)
     disable_dropout(model)

@@ -223,8 +223,11 @@ def run_trainer(
             raise saver.interrupted(loop.stopped_at)
         if taken != steps and not progress.stopped:
             raise _not_ours(found, f"the trainer ended at step {taken} of {steps}")
-        if validator:
+        if validator and validation:
             validator.keep_best()
+            before, after = progress.first[validation.key], progress.kept[validation.key]
+            early = f", ended early after {taken} of {steps} steps" if taken < steps else ""
+            log(f"{job.stage}: {validation.key.replace('_', ' ')} {before:.4f} before, {after:.4f} after{early}")
     _take_off_wrappers(model)
     seconds = saver.seconds() - progress.seconds_validating
     best_step = progress.best_step if validation and validation.stopping else None

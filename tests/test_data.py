@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rlhf.data import reader, rows, sources
 from rlhf.data.files import source_files
 from rlhf.data.reader import Faults, read_rows
-from rlhf.data.rows import Kind
+from rlhf.data.rows import Kind, Malformed, to_comparisons, to_prompt
 from rlhf.data.tokens import PackedTokens, pack
 from rlhf.errors import DataError, MissingInput, UserError
 from rlhf.recipe import Source
@@ -572,3 +572,17 @@ def test_less_than_one_row_of_tokens_is_refused(tmp_path: Path) -> None:
 def test_packing_keeps_the_documents_in_order(tmp_path: Path) -> None:
     pack([([5, 6], 2), ([], 0), ([7], 1)], tmp_path / "tokens.bin", 100)
     assert np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist() == [5, 6, 7]
+
+
+def test_conversations_as_chosen_and_rejected_have_their_beginning_as_prompt() -> None:
+    user = {"role": "user", "content": "What is 1 plus 1?"}
+    good, bad = {"role": "assistant", "content": "2"}, {"role": "assistant", "content": "3"}
+    implicit = {"chosen": [user, good], "rejected": [user, bad]}
+    for more in ({}, {"prompt": user["content"]}, {"prompt": [user]}):
+        (found,) = to_comparisons(implicit | more)
+        assert (found.prompt, found.chosen, found.rejected) == ([user], "2", "3")
+        assert to_prompt(implicit | more) == [user]
+    with pytest.raises(Malformed, match="differ before their last messages"):
+        to_comparisons({"chosen": [user, good], "rejected": [{**user, "content": "What?"}, bad]})
+    with pytest.raises(Malformed, match="`prompt` is not what the conversations"):
+        to_comparisons({"prompt": "something else", **implicit})

@@ -592,7 +592,8 @@ def test_nothing_is_loaded_that_no_judge_needs(
     shutil.rmtree(chain.run.stage("reward").path)
     assert chain.judge().scores(conversations(TEXTS)).values == [0.0] * 4
     assert not chain.critic().head.weight.any()
-    assert "the critic starts from the policy, since no reward model is part of the score" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the critic starts from the policy, since the reward stage's model is no part of the score" in said
 
 
 @pytest.mark.parametrize(

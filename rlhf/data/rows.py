@@ -86,6 +86,7 @@ def to_comparisons(row: dict[str, Any]) -> list[Comparison]:
 
 def to_responses(row: dict[str, Any]) -> tuple[Messages, list[str]]:
     """A prompt and its responses, at least two: `chosen` and `rejected`, or those of `responses`."""
+    row = _with_prompt_apart(row)
     prompt = _prompt(row)
     if "chosen" in row or "responses" not in row:
         return prompt, [_response(row, "chosen"), _response(row, "rejected")]
@@ -178,7 +179,28 @@ def to_prompt(row: dict[str, Any]) -> Messages:
     """`prompt` as text or messages that end with the user; of a conversation, what stands before its last answer."""
     if "prompt" not in row and "messages" in row:
         return to_conversation(row)[:-1]
-    return _prompt(row)
+    return _prompt(_with_prompt_apart(row))
+
+
+def _with_prompt_apart(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose `chosen` and `rejected` are whole conversations, with their common beginning as its prompt.
+
+    TRL calls that prompt implicit. Where the row has a `prompt` too, as text or messages, it must be that beginning, or
+    the last message of it.
+    """
+    sides = [row.get("chosen"), row.get("rejected")]
+    if not all(isinstance(side, list) and len(side) > 1 for side in sides):
+        return row
+    chosen, rejected = (messages_at(side, key) for side, key in zip(sides, ("chosen", "rejected"), strict=True))
+    prompt = chosen[:-1]
+    if prompt != rejected[:-1]:
+        raise Malformed("`chosen` and `rejected` are conversations that differ before their last messages")
+    given = row.get("prompt")
+    if isinstance(given, str) and given != prompt[-1]["content"]:
+        raise Malformed("`prompt` is not what the conversations in `chosen` and `rejected` answer")
+    if isinstance(given, list) and messages_at(given, "prompt") != prompt:
+        raise Malformed("`prompt` is not the beginning of the conversations in `chosen` and `rejected`")
+    return {**row, "prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def _prompt(row: dict[str, Any]) -> Messages:

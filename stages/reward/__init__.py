@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf.data.rows import Comparison
 from rlhf.errors import DataError
 from rlhf.job import Job
-from rlhf.model import count_parameters, model_card, save_model
+from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
 from rlhf.recipe import RewardSection
 from rlhf.runtime import log
 from stages.common import card_facts, open_data, report_faults, starting_model
@@ -125,6 +125,7 @@ def _merged(job: Job, judge: Judge, model: PreTrainedModel | PeftModel) -> PreTr
             f"{job.recipe.name}: reward model (adapter)",
             "Low-rank adapters and the score head. Subtract `score_mean` of ../model/config.json from the output.",
             {},
+            ADAPTER_LOADS,
         )
         save_adapter(model, judge.tokenizer, job.directory.path / "adapter", card)
     return merged(model)
