@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATED = 128
 LIBRARIES = {
     "ours": "import stages.ppo",
     "TRL": "import trl.experimental.ppo.ppo_trainer",
@@ -42,9 +41,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--policy", type=Path)
     parser.add_argument("--reward", type=Path)
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument(
-        "--eval-prompts", type=Path, help="what both are measured on; default: the last 128 of --prompts"
-    )
+    parser.add_argument("--eval-prompts", type=Path, help="what both are measured on; default: the last of --prompts")
+    parser.add_argument("--evaluated", type=int, default=128, help="of --prompts, so many last ones (default 128)")
     parser.add_argument("--random", type=int, metavar="MILLIONS")
     parser.add_argument("--layouts", default="full,shared")
     parser.add_argument("--batch", type=int, default=64)
@@ -222,7 +220,7 @@ def make_models(args: argparse.Namespace, folder: Path) -> None:
 
 
 def share_prompts(args: argparse.Namespace, folder: Path) -> None:
-    """Gives both sides the same files of prompts, the last EVALUATED of which are only measured on."""
+    """Gives both sides the same files of prompts, the last `evaluated` of which are only measured on."""
     from rlhf.tinyworld.dialogues import shuffled_prompts
 
     if args.prompts is None:
@@ -231,7 +229,7 @@ def share_prompts(args: argparse.Namespace, folder: Path) -> None:
     else:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
     if args.eval_prompts is None:
-        lines, held = lines[:-EVALUATED], lines[-EVALUATED:]
+        lines, held = lines[: -args.evaluated], lines[-args.evaluated :]
         args.eval_prompts = folder / "eval.jsonl"
         args.eval_prompts.write_text("\n".join(held) + "\n", encoding="utf-8")
     args.prompts = folder / "prompts.jsonl"

@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from tests.equal_runs import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
@@ -42,15 +43,6 @@ OVERRIDES = (
     "ppo.microbatch_size=4",
     "threads=1",
 )
-TIMINGS = {
-    "time",
-    "tokens_per_second",
-    "pairs_per_second",
-    "episodes_per_second",
-    "rollout_seconds",
-    "rollout_tokens_per_second",
-}
-VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -97,37 +89,6 @@ def start(stage: str, runs: Path, processes: int) -> subprocess.Popen[str]:
 
 def stage_folder(runs: Path, stage: str) -> Path:
     return runs / "tiny" / stage
-
-
-def differences(reference: Path, other: Path) -> list[str]:
-    """What is not as it should be in a stage's directory, beside timings."""
-    found = []
-    names = {path.name for folder in (reference, other) for path in (folder / "model").glob("*")}
-    for name in sorted(names - {"README.md"}):
-        a, b = reference / "model" / name, other / "model" / name
-        if not (a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()):
-            found.append(f"model/{name} differs")
-    if _without(_summary(reference), VOLATILE) != _without(_summary(other), VOLATILE):
-        found.append("summary.json differs")
-    if _metrics(reference) != _metrics(other):
-        found.append("metrics.jsonl differs")
-    return found
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "summary.json").read_text()))
-    except OSError:
-        return {}
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return [_without(json.loads(line), TIMINGS) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _without(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 class References:

@@ -22,8 +22,9 @@ from stages.common import Start
 from stages.lora import add_adapter, using_adapter
 from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary
 from stages.ppo.layouts import build_roles
-from stages.ppo.learner import Budget, Learner, observed
+from stages.ppo.learner import Learner
 from stages.ppo.roles import CRITIC, POLICY, Actors, AdapterActors, FullActors, Reference, Roles, SharedActors
+from stages.ppo.rollout import Budget, Setup, observed
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 24
 
@@ -135,7 +136,7 @@ def make_learner(section: PpoSection, budget: Budget = THREE, dtype: torch.dtype
     device: Any = Device()
     nobody: Any = None  # draws
     roles = Roles(actors, reference, LengthJudge(), None)
-    return Learner(Team(), 5, section, roles, VOCABULARY_OF, nobody, budget, PROMPTS, device)
+    return Learner(Setup(Team(), 5, section, roles, VOCABULARY_OF, budget), nobody, PROMPTS, device)
 
 
 def logits_of(actors: Actors, ids: torch.Tensor) -> torch.Tensor:
@@ -157,19 +158,19 @@ def values_of(actors: Actors, ids: torch.Tensor) -> torch.Tensor:
 
 
 def reference_logits_of(learner: Learner, ids: torch.Tensor) -> torch.Tensor:
-    with using_adapter(learner._roles.reference.model, None), torch.no_grad():
-        logits: torch.Tensor = learner._roles.reference.model(input_ids=ids).logits[0]
+    with using_adapter(learner._setup.roles.reference.model, None), torch.no_grad():
+        logits: torch.Tensor = learner._setup.roles.reference.model(input_ids=ids).logits[0]
     return logits
 
 
 def parameters_of(learner: Learner) -> list[torch.nn.Parameter]:
-    actors = learner._roles.actors
+    actors = learner._setup.roles.actors
     return [*actors.policy_parameters(), *actors.critic_parameters()]
 
 
 def gradients_of(learner: Learner) -> list[torch.Tensor]:
     found = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters_of(learner)]
-    learner._roles.actors.zero_grad()
+    learner._setup.roles.actors.zero_grad()
     return found
 
 
@@ -193,7 +194,7 @@ def drawn(learner: Learner, temperature: float = 0.7) -> list[Response]:
     found = []
     for i, prompt in enumerate(PROMPTS):
         ids = [int(token) for token in rng.integers(3, VOCABULARY, i)] + [END if i != 3 else 7]
-        logits = logits_of(learner._roles.actors, torch.tensor([prompt.ids + ids])).detach()
+        logits = logits_of(learner._setup.roles.actors, torch.tensor([prompt.ids + ids])).detach()
         rows = (logits / temperature).log_softmax(-1)
         logprobs = [float(rows[len(prompt.ids) - 1 + t, token]) for t, token in enumerate(ids)]
         found.append(Response(ids, logprobs, i != 3))
@@ -201,7 +202,7 @@ def drawn(learner: Learner, temperature: float = 0.7) -> list[Response]:
 
 
 def episodes_of(learner: Learner, responses: list[Response], scores: list[float] | None = None) -> list[Episode]:
-    found = observed(learner._roles, VOCABULARY_OF, learner._budget, PROMPTS, responses)
+    found = observed(learner._setup, PROMPTS, responses)
     return [e._replace(score=s) for e, s in zip(found, scores, strict=True)] if scores else found
 
 
@@ -211,7 +212,7 @@ def evaluated(learner: Learner, responses: list[Response], scores: list[float] |
 
 def naive_gradient(learner: Learner, responses: list[Response], minibatch: list[int], s: PpoSection) -> Any:
     """The loss of a minibatch from its definition: one episode at a time, Python loops, no padding anywhere."""
-    actors = learner._roles.actors
+    actors = learner._setup.roles.actors
     every: list[dict[str, Any]] = []
     for prompt, response in zip(PROMPTS, responses, strict=True):
         ids = torch.tensor([prompt.ids + response.ids])
@@ -257,7 +258,9 @@ def naive_gradient(learner: Learner, responses: list[Response], minibatch: list[
 
 
 def our_gradient(learner: Learner, responses: list[Response], minibatch: list[int]) -> Any:
-    learner._minibatch_gradient(evaluated(learner, responses), torch.tensor(minibatch))
+    trajectory = evaluated(learner, responses)
+    for part in learner._passes:
+        learner._minibatch_gradient(part, trajectory, torch.tensor(minibatch))
     return gradients_of(learner)
 
 
@@ -320,10 +323,10 @@ def test_what_the_padding_holds_changes_nothing() -> None:
     )
     found = []
     for batch in (trajectory, garbage):
-        figures = learner._minibatch_gradient(batch, torch.arange(6))
-        gradients = [p.grad.clone() for p in learner._roles.actors.policy.parameters() if p.grad is not None]
+        figures = learner._minibatch_gradient(learner._passes[0], batch, torch.arange(6))
+        gradients = [p.grad.clone() for p in learner._setup.roles.actors.policy.parameters() if p.grad is not None]
         found.append((figures, gradients))
-        learner._roles.actors.policy.zero_grad()
+        learner._setup.roles.actors.policy.zero_grad()
     assert found[0][0] == found[1][0]  # the logged entropy, KL and clip fraction too
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(a, b)
@@ -335,8 +338,8 @@ def test_every_minibatch_is_an_optimiser_step_whatever_the_microbatch() -> None:
     for microbatch in (1, 3):
         learner = make_learner(section, Budget(10**6, microbatch))
         steps: list[int] = []
-        step = learner._policy_optimizer.step
-        learner._policy_optimizer.step = lambda steps=steps, step=step: (steps.append(1), step())
+        optimizer = learner._passes[0].optimizers["policy"]
+        optimizer.step = lambda steps=steps, step=optimizer.step: (steps.append(1), step())
         trajectory = evaluated(learner, drawn(learner), [1.0] * 6)
         learner._optimise(trajectory, 0)
         assert len(steps) == 6
@@ -347,15 +350,16 @@ def test_gradients_are_clipped() -> None:
     section = settings(gradient_clipping=1e-3, minibatches=1)
     learner = make_learner(section)
     norms = []
-    step = learner._policy_optimizer.step
+    optimizer = learner._passes[0].optimizers["policy"]
+    step = optimizer.step
 
     def watched() -> None:
-        parameters = learner._roles.actors.policy_parameters()
+        parameters = learner._setup.roles.actors.policy_parameters()
         total = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
         norms.append(total**0.5)
         step()
 
-    learner._policy_optimizer.step = watched  # type: ignore[method-assign]
+    optimizer.step = watched
     trajectory = evaluated(learner, drawn(learner), [1.0] * 6)
     figures = learner._optimise(trajectory, 0)
     assert figures["policy_gradient_norm"] > 1e-2  # what is logged is the norm before clipping
@@ -378,7 +382,7 @@ def test_the_score_of_a_response_falls_on_its_end_token_not_behind_it() -> None:
     """TRL: the score landed one token after EOS."""
     learner = make_learner(settings(kl={"coefficient": 0.0}, gae_lambda=0.0, discount=1.0))
     responses = drawn(learner)
-    actors: Any = learner._roles.actors
+    actors: Any = learner._setup.roles.actors
     for parameter in actors.critic.parameters():
         parameter.data.zero_()
     actors.critic.mean = 0.0

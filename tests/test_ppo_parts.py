@@ -123,7 +123,7 @@ HEALTHY = {
     "approximate_kl": 0.01,
     "clip_fraction": 0.05,
     "policy_gradient_norm": 0.4,
-    "value_gradient_norm": 0.4,
+    "critic_gradient_norm": 0.4,
     "entropy": 0.4,
     "response_tokens": 14.0,
     "ended": 1.0,

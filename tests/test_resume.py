@@ -22,17 +22,9 @@ from rlhf.errors import UserError
 from rlhf.launch import START_WORKER
 from rlhf.runtime import MetricsLog
 from tests.conftest import ROOT, TINY_RECIPE, rlhf
+from tests.equal_runs import differences
 
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
-TIMINGS = {
-    "time",
-    "tokens_per_second",
-    "pairs_per_second",
-    "episodes_per_second",
-    "rollout_seconds",
-    "rollout_tokens_per_second",
-}
-VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
 OFTEN = {"pretrain": 4, "sft": 10, "reward": 3, "ppo": 1}  # steps between checkpoints
 
 
@@ -79,20 +71,6 @@ def sealed(directory: Path) -> list[Path]:
     return sorted((directory / "checkpoints").glob("step-*[0-9]"))
 
 
-def assert_equal(a: Path, b: Path) -> None:
-    """Two directories of a stage hold the same model, figures and metrics, timings apart."""
-    assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
-    lines: list[list[dict[str, Any]]] = []
-    summaries = []
-    for folder in (a, b):
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        lines.append([{key: line[key] for key in line.keys() - TIMINGS} for line in metrics])
-        summary = json.loads((folder / "summary.json").read_text())
-        summaries.append({key: summary[key] for key in summary.keys() - VOLATILE})
-    assert lines[0] == lines[1]
-    assert summaries[0] == summaries[1]
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 def test_a_stage_that_is_killed_goes_on_and_ends_bitwise_equal(
     finished_chain: Path, tmp_path: Path, stage: str
@@ -110,7 +88,7 @@ def test_a_stage_that_is_killed_goes_on_and_ends_bitwise_equal(
     said = rlhf(*arguments(stage), cwd=tmp_path)
     assert f"{stage}: was interrupted, goes on" in said
     assert f"{stage}: goes on from the checkpoint of step" in said
-    assert_equal(directory, finished_chain / "runs/tiny" / stage)
+    assert differences(directory, finished_chain / "runs/tiny" / stage) == []
 
 
 OVERFITTED = ("sft.train=[{builtin: tinyworld, rows: 8}]", "sft.learning_rate=0.05")  # the loss falls, and rises again
@@ -135,7 +113,7 @@ def test_however_it_is_fine_tuned_it_goes_on_and_ends_bitwise_equal(
     process.communicate()
     assert not (directory / "summary.json").exists()
     assert "sft: goes on from the checkpoint of step" in rlhf(*command, cwd=tmp_path)
-    assert_equal(directory, whole)
+    assert differences(directory, whole) == []
     if way == "adapters":
         name = "adapter/adapter_model.safetensors"
         assert (directory / name).read_bytes() == (whole / name).read_bytes()
@@ -148,7 +126,7 @@ def test_however_it_is_fine_tuned_it_goes_on_and_ends_bitwise_equal(
         path = directory / made
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     rlhf(*command, cwd=tmp_path)
-    assert_equal(directory, whole)
+    assert differences(directory, whole) == []
 
 
 EVERYTHING = (
@@ -186,7 +164,7 @@ def test_ppo_with_controllers_texts_and_adapters_goes_on_and_ends_bitwise_equal(
     process.communicate()
     assert not (directory / "summary.json").exists()
     assert "ppo: goes on from the checkpoint of step" in rlhf(*command, cwd=tmp_path)
-    assert_equal(directory, whole)
+    assert differences(directory, whole) == []
 
 
 def test_another_logging_interval_changes_the_lines_and_not_the_figures(finished_chain: Path, tmp_path: Path) -> None:
@@ -222,7 +200,7 @@ def test_a_terminated_run_leaves_a_checkpoint_of_its_last_step(finished_chain: P
     (checkpoint,) = sealed(directory)
     assert f"a checkpoint of step {checkpoint.name.removeprefix('step-')} is written" in said
     rlhf(*command, cwd=tmp_path)
-    assert_equal(directory, finished_chain / "runs/tiny/sft")
+    assert differences(directory, finished_chain / "runs/tiny/sft") == []
 
 
 def test_a_second_signal_ends_a_run_at_once(finished_chain: Path, tmp_path: Path) -> None:
@@ -275,7 +253,7 @@ def test_two_processes_do_what_one_does_and_a_lost_one_is_named(finished_chain: 
     assert "Traceback" not in said
     shutil.copytree(tmp_path / "runs", tmp_path / "elsewhere/runs")
     assert "goes on from the checkpoint" in rlhf(*command, cwd=tmp_path)
-    assert_equal(directory, whole)
+    assert differences(directory, whole) == []
 
     said = rlhf(*arguments("pretrain"), cwd=tmp_path / "elsewhere")  # with one process now
     assert "the bits of the result may differ" in said

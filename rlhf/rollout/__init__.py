@@ -5,6 +5,7 @@ draws            a token from logits: temperature, top-k, top-p, inverse of the 
 stop             stop strings
 transcript       the responses while they grow, for both engines
 slots, decoder   a KV cache in which rows come and go, and the forward passes over it
+base             what the engines have in common
 cache_engine     our engine
 generate_engine  transformers.generate, for what ours can't hold
 fit, build       which of the two runs a model

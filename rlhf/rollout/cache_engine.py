@@ -7,42 +7,25 @@ it, ties within rounding aside.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.rollout.base import BaseEngine
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.modes import evaluating, without_inference_tensors
-from rlhf.rollout.protocol import Drawing, Response
 from rlhf.rollout.slots import KeysValues
-from rlhf.rollout.transcript import Ends, Transcript
+from rlhf.rollout.transcript import Transcript
 
 PREFILL_TOKENS = 16384  # of one forward pass, padding included
 IDLE_SHARE = 1 / 8  # rows that are over are replaced or leave once they are so many of the batch
 
 
-class CacheEngine:
+class CacheEngine(BaseEngine):
     """For decoder-only models whose cache is keys and values."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        drawing: Drawing,
-        *,
-        end_ids: Sequence[int],
-        batch_size: int = 256,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        """`progress` is told how many responses are over, whenever there are more."""
-        self._model, self._drawing, self._batch_size, self._progress = model, drawing, batch_size, progress
-        self._ends = Ends(tokenizer, list(end_ids), drawing.stop)
-
-    def generate(self, prompts: Sequence[list[int]], uniforms: np.ndarray) -> list[Response]:
-        """See Engine. A response has at least one token and at most `max_tokens`."""
-        transcript = Transcript(self._drawing, self._ends, prompts, uniforms)
+    def _fill(self, transcript: Transcript, prompts: Sequence[list[int]]) -> None:
         with without_inference_tensors(self._model), evaluating(self._model), torch.inference_mode():
             columns = max(map(len, prompts), default=0) + self._drawing.max_tokens
             decoder = Decoder(self._model, min(self._batch_size, len(prompts)), columns)
@@ -52,7 +35,6 @@ class CacheEngine:
                 batch.advance()
                 if self._progress and transcript.over > before:
                     self._progress(transcript.over)
-        return transcript.responses()
 
 
 class _Batch:

@@ -3,7 +3,7 @@
 The draws are ours, so it gives the same responses as our own engine, ties within rounding aside; it is slower.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -15,37 +15,20 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from rlhf.rollout.base import BaseEngine
 from rlhf.rollout.modes import evaluating
-from rlhf.rollout.protocol import Drawing, Response
-from rlhf.rollout.transcript import Ends, Transcript
+from rlhf.rollout.transcript import Transcript
 
 
-class GenerateEngine:
+class GenerateEngine(BaseEngine):
     """For any model with transformers' `generate`. Only prompts of one length share a batch: none is ever padded."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        drawing: Drawing,
-        *,
-        end_ids: Sequence[int],
-        batch_size: int = 256,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        """`progress` is told how many responses are over, after each batch."""
-        self._model, self._drawing, self._batch_size, self._progress = model, drawing, batch_size, progress
-        self._ends, self._pad = Ends(tokenizer, list(end_ids), drawing.stop), tokenizer.pad_token_id
-
     @torch.no_grad()
-    def generate(self, prompts: Sequence[list[int]], uniforms: np.ndarray) -> list[Response]:
-        """See Engine. A response has at least one token and at most `max_tokens`."""
-        transcript = Transcript(self._drawing, self._ends, prompts, uniforms)
+    def _fill(self, transcript: Transcript, prompts: Sequence[list[int]]) -> None:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with evaluating(self._model), _nothing_inherited(self._model):
             for _, group in groupby(order, key=lambda i: len(prompts[i])):
@@ -54,7 +37,6 @@ class GenerateEngine:
                     self._batch(prompts, same[start : start + self._batch_size], transcript)
                     if self._progress:
                         self._progress(transcript.over)
-        return transcript.responses()
 
     def _batch(self, prompts: Sequence[list[int]], episodes: np.ndarray, transcript: Transcript) -> None:
         ids = torch.tensor([prompts[episode] for episode in episodes], device=self._model.device)

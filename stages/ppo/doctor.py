@@ -46,7 +46,7 @@ def sign(advice: str) -> Callable[[Callable[[History], str | None]], Callable[[H
 
 KNOWN = (
     "score", "score_deviation", "score_length_correlation", "kl", "kl_coefficient", "approximate_kl", "clip_fraction",
-    "policy_gradient_norm", "value_gradient_norm", "entropy", "response_tokens", "ended", "misplaced", "drift",
+    "policy_gradient_norm", "critic_gradient_norm", "entropy", "response_tokens", "ended", "misplaced", "drift",
     "explained_variance",
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def steps_too_large(history: History) -> str | None:
         return f"within the update the policy moved {now['approximate_kl']:.3g} nats a token (over 0.1)"
     if now["clip_fraction"] > 0.5:
         return f"{now['clip_fraction']:.0%} of the tokens were clipped (over 50 %)"
-    for name in ("policy_gradient_norm", "value_gradient_norm"):
+    for name in ("policy_gradient_norm", "critic_gradient_norm"):
         before = [figures[name] for figures in history[:-1]]
         if len(before) >= 5 and now[name] > 20 * median(before) and now[name] > 10:
             return f"{name.replace('_', ' ')} {now[name]:.3g}, {now[name] / median(before):.0f} times what it was"

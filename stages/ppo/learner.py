@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -17,41 +16,28 @@ from rlhf.functional import ppo as maths
 from rlhf.functional.intervals import mean_estimate
 from rlhf.functional.masked import masked_mean, masked_moments, mean_and_variance, whiten
 from rlhf.judge import mean_figures
-from rlhf.recipe import PpoSection
-from rlhf.rollout import Drawing, Response, build_engine, uniforms
+from rlhf.rollout import Response
 from rlhf.runtime import derive_seed
-from rlhf.team import Team
-from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary, microbatches_of, pack_episodes
-from stages.ppo.gold import gold_rewards
-from stages.ppo.roles import Actors, Roles
+from stages.ppo.episodes import Episode, Prompt, Trajectory, microbatches_of, pack_episodes
+from stages.ppo.roles import Outputs, Pass, Who
+from stages.ppo.rollout import Rollout, Setup
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 
 Texts = Callable[[int], Tensor]  # the rows of pretraining text, ids [n, L + 1], of an optimiser step
 
 
-class Budget(NamedTuple):
-    """How much is read at once."""
+class Learning(NamedTuple):
+    """A pass with what moves its parameters."""
 
-    tokens: int
-    episodes: int
+    model: Any  # the Pass, as Accelerate has prepared it
+    parameters: dict[Who, list[nn.Parameter]]
+    optimizers: dict[Who, Any]
 
-
-class Drawer:
-    """Draws the policy's responses, always in the recipe's way."""
-
-    def __init__(self, actors: Actors, vocabulary: Vocabulary, settings: PpoSection) -> None:
-        self._actors = actors
-        drawing = Drawing(**settings.sampling.model_dump())
-        with actors.drawing() as policy:
-            self._engine = build_engine(
-                policy, vocabulary.tokenizer, drawing, end_ids=vocabulary.end_ids, kind=settings.engine
-            )
-
-    def draw(self, prompts: Sequence[Prompt], uniforms: np.ndarray) -> list[Response]:
-        """A response to each prompt; `uniforms` [prompts, max_tokens] decide it."""
-        with self._actors.drawing():
-            return self._engine.generate([prompt.ids for prompt in prompts], uniforms)
+    def forget_gradients(self) -> None:
+        """Frees them."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
 
 
 class Learner:
@@ -59,67 +45,66 @@ class Learner:
 
     def __init__(
         self,
-        team: Team,
-        seed: int,
-        settings: PpoSection,
-        roles: Roles,
-        vocabulary: Vocabulary,
-        drawer: Drawer,
-        budget: Budget,
+        setup: Setup,
+        rollout: Rollout,
         prompts: list[Prompt],
         accelerator: Accelerator,
         texts: Texts | None = None,
     ) -> None:
-        self._team, self._seed, self._settings, self._roles = team, seed, settings, roles
-        self._vocabulary, self._drawer, self._budget, self._prompts = vocabulary, drawer, budget, prompts
-        self._accelerator, self._texts = accelerator, texts
-        rates = (settings.learning_rate, settings.critic_learning_rate or settings.learning_rate)
-        parameters = (roles.actors.policy_parameters(), roles.actors.critic_parameters())
-        optimizers = [
-            torch.optim.AdamW(some, lr=rate, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=0.0, fused=True)
-            for some, rate in zip(parameters, rates, strict=True)
-        ]
-        self._rates = rates
-        self._actors, self._policy_optimizer, self._critic_optimizer = accelerator.prepare(roles.actors, *optimizers)
-        self.kl_coefficient = settings.kl.coefficient
-        self.rate_scale = 1.0  # the doctor's
+        self._setup, self._team, self._settings, self._actors = setup, setup.team, setup.settings, setup.roles.actors
+        self._rollout, self._prompts, self._accelerator, self._texts = rollout, prompts, accelerator, texts
+        rate = setup.settings.learning_rate
+        self._rates: dict[Who, float] = {"policy": rate, "critic": setup.settings.critic_learning_rate or rate}
+        self._passes = [self._prepared(each) for each in setup.roles.actors.passes()]
+        self.kl_coefficient = setup.settings.kl.coefficient
         self._scores = maths.RunningMoments()
+
+    def _prepared(self, part: Pass) -> Learning:
+        parameters = {who: list(part.trained[who].parameters()) for who in part.who}
+        optimizers = [
+            torch.optim.AdamW(
+                parameters[who], lr=self._rates[who], betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=0.0, fused=True
+            )
+            for who in part.who
+        ]
+        model, *prepared = self._accelerator.prepare(part, *optimizers)
+        return Learning(model, parameters, dict(zip(part.who, prepared, strict=True)))
+
+    @property
+    def _optimizers(self) -> dict[Who, Any]:
+        return {who: optimizer for part in self._passes for who, optimizer in part.optimizers.items()}
 
     # State
 
     def state(self) -> dict[str, Any]:
         """What the next update depends on."""
         return {
-            "actors": {name: p.detach() for name, p in self._roles.actors.named_parameters() if p.requires_grad},
-            "policy_optimizer": self._policy_optimizer.state_dict(),
-            "critic_optimizer": self._critic_optimizer.state_dict(),
+            "actors": {name: p.detach() for name, p in self._actors.named_parameters() if p.requires_grad},
+            "optimizers": {who: optimizer.state_dict() for who, optimizer in self._optimizers.items()},
             "kl_coefficient": self.kl_coefficient,
-            "rate_scale": self.rate_scale,
             "scores": list(self._scores),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
         with torch.no_grad():
-            for name, parameter in self._roles.actors.named_parameters():
+            for name, parameter in self._actors.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(state["actors"][name])
-        self._policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self._critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for who, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][who])
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
-        self.scale_rates(state["rate_scale"])
 
     def scale_rates(self, scale: float) -> None:
-        """Multiplies the recipe's learning rates by this from now on."""
-        self.rate_scale = scale
-        for optimizer, rate in zip((self._policy_optimizer, self._critic_optimizer), self._rates, strict=True):
+        """The learning rates are the recipe's times this from now on."""
+        for who, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = rate * scale
+                group["lr"] = self._rates[who] * scale
 
     def weights(self) -> nn.Module:
         """All that is trained, for ranks to compare."""
-        return self._roles.actors
+        return self._actors
 
     # One update
 
@@ -127,7 +112,8 @@ class Learner:
         """One update; its episodes and figures. The ranks share the rollout, then every rank has all episodes."""
         started = time.monotonic()
         chosen = self._choose_prompts(number)
-        episodes = self._team.share(range(len(chosen)), partial(self._roll_out, number, chosen))
+        seed = derive_seed(self._setup.seed, "ppo", "rollout")
+        episodes = self._rollout.episodes(chosen, seed, number, number * len(chosen))
         rolled = time.monotonic()
         trajectory, figures = self._evaluate(episodes)
         figures |= self._optimise(trajectory, number)
@@ -157,32 +143,22 @@ class Learner:
         for place in range(number * n, (number + 1) * n):
             epoch, index = divmod(place, len(self._prompts))
             if epoch not in orders:
-                seed = derive_seed(self._seed, "ppo", "prompts")
+                seed = derive_seed(self._setup.seed, "ppo", "prompts")
                 orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(self._prompts))
             chosen.append(self._prompts[int(orders[epoch][index])])
         return chosen
 
-    def _roll_out(self, number: int, chosen: list[Prompt], mine: list[int]) -> list[Episode]:
-        """Responses to some of the update's prompts, and what the other models say of them."""
-        s = self._settings
-        first = number * s.episodes_per_update
-        seed = derive_seed(self._seed, "ppo", "rollout")
-        draws = uniforms(seed, number, [first + index for index in mine], s.sampling.max_tokens)
-        prompts = [chosen[index] for index in mine]
-        responses = self._drawer.draw(prompts, draws)
-        return observed(self._roles, self._vocabulary, self._budget, prompts, responses)
-
     def _misplaced(self, response: Response) -> bool:
         """Whether a pad stands in a response, or an end token before its last token."""
-        ends = set(self._vocabulary.end_ids)
-        return self._vocabulary.pad_id in response.ids or any(token in ends for token in response.ids[:-1])
+        ends = set(self._setup.vocabulary.end_ids)
+        return self._setup.vocabulary.pad_id in response.ids or any(token in ends for token in response.ids[:-1])
 
     # Rewards and advantages
 
     def _evaluate(self, episodes: Sequence[Episode]) -> tuple[Trajectory, dict[str, float]]:
         """Rewards and advantages of all episodes of the update, whitened over all of them."""
         s = self._settings
-        blank = pack_episodes(episodes, self._vocabulary.pad_id, self._roles.actors.policy)
+        blank = pack_episodes(episodes, self._setup.vocabulary.pad_id, self._actors.policy)
         kl = torch.where(blank.mask, blank.logprobs - blank.reference, 0.0)
         penalties = torch.zeros_like(kl)
         if s.kl.placement == "reward":
@@ -227,37 +203,48 @@ class Learner:
     # Optimisation
 
     def _optimise(self, trajectory: Trajectory, number: int) -> dict[str, float]:
-        """The epochs of clipped steps. Every minibatch is one optimiser step, whatever the microbatches."""
+        """The epochs of clipped steps. Every minibatch is one step of each optimiser, whatever the microbatches."""
         s = self._settings
         self._actors.train()
         watched: list[dict[str, float]] = []
+        first = number * s.epochs * s.minibatches
         for step, minibatch in enumerate(self._minibatches(len(trajectory.ids), number)):
-            place = number * s.epochs * s.minibatches + step
-            figures = {"text_loss": self._texts_gradient(self._texts, place)} if self._texts else {}
-            figures |= self._minibatch_gradient(trajectory, minibatch)
-            watched.append(figures | self._clip(number))
-            if s.stop_kl is not None and figures["approximate_kl"] > s.stop_kl:
-                self._forget_gradients()
+            figures, far = self._step(trajectory, minibatch, number, first + step)
+            watched.append(figures)
+            if far:
                 break
-            if number >= s.critic_warmup:
-                self._policy_optimizer.step()
-            self._critic_optimizer.step()
-            self._forget_gradients()
         self._actors.eval()
-        means = {name: fmean(figures[name] for figures in watched) for name in watched[0]}
+        means = {name: fmean(figures[name] for figures in watched if name in figures) for name in watched[0]}
         # before the first step the policy is the one that drew: what differs then is rounding, or a fault
         return means | {"drift": watched[0]["drift"], "optimiser_steps": float(len(watched))}
 
-    def _forget_gradients(self) -> None:
-        self._policy_optimizer.zero_grad()
-        self._critic_optimizer.zero_grad()
+    def _step(self, trajectory: Trajectory, minibatch: Tensor, number: int, step: int) -> tuple[dict[str, float], bool]:
+        """Pass after pass, the minibatch's gradient and a step on it. Its figures, and whether the policy is too far.
 
-    def _clip(self, number: int) -> dict[str, float]:
+        Where it is, by `stop_kl`, nothing is moved.
+        """
+        s = self._settings
+        figures: dict[str, float] = {}
+        for part in self._passes:
+            if self._texts and "policy" in part.optimizers:
+                figures["text_loss"] = self._texts_gradient(part, self._texts(step))
+            figures |= self._minibatch_gradient(part, trajectory, minibatch)
+            figures |= self._clip(part, number)
+            if s.stop_kl is not None and figures["approximate_kl"] > s.stop_kl:
+                part.forget_gradients()
+                return figures, True
+            for who, optimizer in part.optimizers.items():
+                if who == "critic" or number >= s.critic_warmup:
+                    optimizer.step()
+            part.forget_gradients()
+        return figures, False
+
+    def _clip(self, part: Learning, number: int) -> dict[str, float]:
         """Clips the gradients of policy and critic apart; their norms before."""
-        actors, most = self._roles.actors, self._settings.gradient_clipping
+        most = self._settings.gradient_clipping
         norms = {
-            "policy_gradient_norm": float(self._accelerator.clip_grad_norm_(actors.policy_parameters(), most)),
-            "value_gradient_norm": float(self._accelerator.clip_grad_norm_(actors.critic_parameters(), most)),
+            f"{who}_gradient_norm": float(self._accelerator.clip_grad_norm_(parameters, most))
+            for who, parameters in part.parameters.items()
         }
         if not np.isfinite(list(norms.values())).all():
             raise StageFailed(f"ppo: the gradient is not finite in update {number + 1}; try a smaller learning_rate")
@@ -265,86 +252,87 @@ class Learner:
 
     def _minibatches(self, episodes: int, number: int) -> Iterator[Tensor]:
         """The places of the episodes of each optimiser step: every epoch in a new random order."""
-        order = np.random.default_rng([derive_seed(self._seed, "ppo", "minibatches"), number])
+        order = np.random.default_rng([derive_seed(self._setup.seed, "ppo", "minibatches"), number])
         for _ in range(self._settings.epochs):
             shuffled = torch.from_numpy(order.permutation(episodes))
             yield from shuffled.split(episodes // self._settings.minibatches)
 
-    def _minibatch_gradient(self, trajectory: Trajectory, minibatch: Tensor) -> dict[str, float]:
-        """Adds up the gradient of one minibatch, divided once, by its real tokens over all ranks.
+    def _minibatch_gradient(self, part: Learning, trajectory: Trajectory, minibatch: Tensor) -> dict[str, float]:
+        """Adds up a pass's gradient of one minibatch, divided once, by its real tokens over all ranks.
 
-        Each rank takes every so-manieth episode of each pass, and all make equally many passes: one that has no episode
+        Each rank takes every so-manieth episode of each microbatch, and all have equally many: one that has no episode
         left reads another's for nothing. The ranks' gradients are averaged, and the gradient is the sum of their parts:
         hence the factor.
         """
         tokens = int(trajectory.mask[minibatch].sum())
         lengths = trajectory.lengths[minibatch].tolist()
-        passes = microbatches_of(lengths, self._budget.tokens, self._budget.episodes, self._team.size)
+        microbatches = microbatches_of(lengths, self._setup.budget.tokens, self._setup.budget.episodes, self._team.size)
         found: dict[str, float] = {}
-        for number, part in enumerate(passes, 1):
-            mine = part[self._team.rank :: self._team.size]
-            places = minibatch[mine or part[:1]]
-            with self._synchronised(number == len(passes)):
-                losses = self._losses(trajectory.rows(places))
+        for number, rows in enumerate(microbatches, 1):
+            mine = rows[self._team.rank :: self._team.size]
+            places = minibatch[mine or rows[:1]]
+            with self._synchronised(part, number == len(microbatches)):
+                losses = self._losses(part.model, trajectory.rows(places))
                 self._accelerator.backward(losses.pop("loss") * (self._team.size / tokens if mine else 0.0))
             share = int(trajectory.mask[places].sum()) / tokens if mine else 0.0
             for name, value in losses.items():
                 found[name] = found.get(name, 0.0) + float(value) * share
         return dict(zip(found, self._team.add(list(found.values())), strict=True))
 
-    def _texts_gradient(self, texts: Texts, step: int) -> float:
-        """Adds the gradient of this step's pretraining texts; their loss, nats a token (PPO-ptx, Ouyang et al. 2022).
+    def _texts_gradient(self, part: Learning, rows: Tensor) -> float:
+        """Adds the gradient of pretraining texts [n, L + 1]; their loss, nats a token (PPO-ptx, Ouyang et al. 2022).
 
         It crosses the processes together with that of the episodes, which comes after it.
         """
-        rows = texts(step)
         tokens = rows[:, 1:].numel()
         mine = rows[self._team.rank :: self._team.size]
         total = 0.0
         assert self._settings.ptx is not None
         weight = self._settings.ptx.coefficient * self._team.size / tokens
-        with self._synchronised(False):
-            for part in mine.split(max(1, self._budget.tokens // rows.shape[1])):
-                nats = self._actors(texts=part.to(self._accelerator.device))
+        with self._synchronised(part, False):
+            for texts in mine.split(max(1, self._setup.budget.tokens // rows.shape[1])):
+                nats = part.model(texts=texts.to(self._accelerator.device))
                 self._accelerator.backward(nats * weight)
                 total += float(nats)
         return self._team.add([total])[0] / tokens
 
     @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
+    def _synchronised(self, part: Learning, last: bool) -> Iterator[None]:
         """Gradients cross the processes with the last microbatch of a step only."""
         with ExitStack() as stack:
             if not last:
-                stack.enter_context(self._accelerator.no_sync(self._actors))
+                stack.enter_context(self._accelerator.no_sync(part.model))
             yield
 
-    def _losses(self, rows: Trajectory) -> dict[str, Tensor]:
+    def _losses(self, model: Any, rows: Trajectory) -> dict[str, Tensor]:
         """The summed loss of some episodes, and means over their tokens of what to watch."""
         s = self._settings
-        outputs = self._actors(rows)
-        policy = maths.policy_loss(
-            outputs.logprobs, rows.logprobs, rows.advantages, rows.mask, s.clip_ratio, s.dual_clip
-        )
-        value = maths.value_loss(outputs.values, rows.values, rows.returns, rows.mask, s.clip_value)
-        loss = policy.total + s.value_coefficient * value.total
-        if s.entropy_coefficient:
-            loss = loss - s.entropy_coefficient * outputs.entropy.sum()
-        if s.kl.placement == "loss":
-            kl = maths.kl_estimate(outputs.logprobs, rows.reference, s.kl.estimator)
-            loss = loss + self.kl_coefficient * torch.where(rows.mask, kl, 0.0).sum()
-        with torch.no_grad():
-            counted = rows.mask.sum()
-            ratio = outputs.logprobs - rows.logprobs
-            watch = {
-                "policy_loss": policy.total / counted,
-                "value_loss": value.total / counted,
-                "clip_fraction": policy.clipped,
-                "value_clip_fraction": value.clipped,
-                "entropy": masked_mean(outputs.entropy, rows.mask),
-                "approximate_kl": masked_mean(maths.kl_estimate(rows.logprobs, outputs.logprobs, "k3"), rows.mask),
-                "drift": masked_mean(ratio.abs(), rows.mask),
-            }
-        return {"loss": loss, **watch}
+        outputs: Outputs = model(rows)
+        found: dict[str, Tensor] = {"loss": torch.zeros((), dtype=rows.logprobs.dtype, device=rows.ids.device)}
+        counted = rows.mask.sum()
+        if outputs.likelihoods:
+            logprobs, entropy = outputs.likelihoods
+            policy = maths.policy_loss(logprobs, rows.logprobs, rows.advantages, rows.mask, s.clip_ratio, s.dual_clip)
+            found["loss"] = found["loss"] + policy.total
+            if s.entropy_coefficient:
+                found["loss"] = found["loss"] - s.entropy_coefficient * entropy.sum()
+            if s.kl.placement == "loss":
+                kl = maths.kl_estimate(logprobs, rows.reference, s.kl.estimator)
+                found["loss"] = found["loss"] + self.kl_coefficient * torch.where(rows.mask, kl, 0.0).sum()
+            with torch.no_grad():
+                moved = maths.kl_estimate(rows.logprobs, logprobs, "k3")
+                found |= {
+                    "policy_loss": policy.total / counted,
+                    "clip_fraction": policy.clipped,
+                    "entropy": masked_mean(entropy, rows.mask),
+                    "approximate_kl": masked_mean(moved, rows.mask),
+                    "drift": masked_mean((logprobs - rows.logprobs).abs(), rows.mask),
+                }
+        if outputs.values is not None:
+            value = maths.value_loss(outputs.values, rows.values, rows.returns, rows.mask, s.clip_value)
+            found["loss"] = found["loss"] + s.value_coefficient * value.total
+            found |= {"value_loss": value.total.detach() / counted, "value_clip_fraction": value.clipped}
+        return found
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -352,36 +340,3 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     if np.std(first) < 1e-9 or np.std(second) < 1e-9:
         return 0.0
     return float(np.corrcoef(first, second)[0, 1])
-
-
-# Shared with measuring
-
-
-def observed(
-    roles: Roles, vocabulary: Vocabulary, budget: Budget, prompts: list[Prompt], responses: list[Response]
-) -> list[Episode]:
-    """The episodes, with what judge, reference and critic say of them."""
-    conversations = [vocabulary.conversation(*pair) for pair in zip(prompts, responses, strict=True)]
-    scores = roles.judge.scores(conversations)
-    known = gold_rewards([prompt.messages for prompt in prompts], [found.response for found in conversations])
-    gold: Sequence[float | None] = known or [None] * len(prompts)
-    blank = [
-        Episode(prompt, response, score, judged, truth, [], [])
-        for prompt, response, score, judged, truth in zip(
-            prompts, responses, scores.values, scores.figures_of_each(), gold, strict=True
-        )
-    ]
-    found: list[Episode | None] = [None] * len(blank)
-    for part in microbatches_of([episode.tokens for episode in blank], budget.tokens, len(blank), 1):
-        rows = pack_episodes([blank[place] for place in part], vocabulary.pad_id, roles.actors.policy)
-        reference = roles.reference.logprobs(roles.actors, rows).tolist()
-        values = _values(roles.actors, rows).tolist()
-        for row, place in enumerate(part):
-            count = len(blank[place].response.ids)
-            found[place] = blank[place]._replace(reference=reference[row][:count], values=values[row][:count])
-    return [episode for episode in found if episode is not None]
-
-
-@torch.inference_mode()
-def _values(actors: Actors, rows: Trajectory) -> Tensor:
-    return actors.values(rows)

@@ -6,14 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf.functional.intervals import Estimate, mean_estimate
-from rlhf.judge import Judge, mean_figures
-from rlhf.recipe import PpoSection
-from rlhf.rollout import uniforms
+from rlhf.judge import mean_figures
 from rlhf.runtime import derive_seed
-from rlhf.team import Team
-from stages.ppo.episodes import Episode, Prompt, Vocabulary
-from stages.ppo.learner import Budget, Drawer, observed
-from stages.ppo.roles import Roles
+from stages.ppo.episodes import Episode, Prompt
+from stages.ppo.rollout import Rollout, Setup
 
 
 class Measured(NamedTuple):
@@ -26,7 +22,6 @@ class Measured(NamedTuple):
     response_tokens: Estimate
     ended: Estimate
     gold: Estimate | None
-    examples: list[list[str]]  # prompt and response
 
     def line(self) -> str:
         """For the terminal."""
@@ -55,26 +50,14 @@ class Measured(NamedTuple):
 class Examiner:
     """Measures the policy, always on the same prompts with the same draws."""
 
-    def __init__(
-        self,
-        team: Team,
-        seed: int,
-        settings: PpoSection,
-        roles: Roles,
-        vocabulary: Vocabulary,
-        drawer: Drawer,
-        budget: Budget,
-        prompts: Sequence[Prompt],
-        purpose: str,
-    ) -> None:
-        self._team, self._settings, self._roles, self._vocabulary = team, settings, roles, vocabulary
-        self._drawer, self._budget, self._prompts = drawer, budget, list(prompts)
-        self._seed = derive_seed(seed, "ppo", purpose)
+    def __init__(self, setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], purpose: str) -> None:
+        self._rollout, self._prompts = rollout, list(prompts)
+        self._seed = derive_seed(setup.seed, "ppo", purpose)
 
-    def measure(self, examples: int = 1) -> Measured:
+    def measure(self) -> Measured:
         """How the policy does now."""
         episodes = self.draw()
-        second = self._second(episodes)
+        second = self._rollout.second_scores(episodes)
         gold = [episode.gold for episode in episodes if episode.gold is not None]
         return Measured(
             mean_estimate([episode.score for episode in episodes]),
@@ -84,33 +67,11 @@ class Examiner:
             mean_estimate([float(len(episode.response.ids)) for episode in episodes]),
             mean_estimate([float(episode.response.ended) for episode in episodes]),
             mean_estimate(gold) if gold else None,
-            [list(self.told(episode)) for episode in episodes[:examples]],
         )
 
     def draw(self, round_number: int = 0) -> list[Episode]:
         """A response of the policy to every prompt; other ones in another round."""
-
-        def answer(mine: list[int]) -> list[Episode]:
-            prompts = [self._prompts[index] for index in mine]
-            draws = uniforms(self._seed, round_number, mine, self._settings.sampling.max_tokens)
-            return observed(self._roles, self._vocabulary, self._budget, prompts, self._drawer.draw(prompts, draws))
-
-        return self._team.share(range(len(self._prompts)), answer)
-
-    def told(self, episode: Episode) -> tuple[str, str]:
-        """The last message of the prompt, and the response, as text."""
-        response = self._vocabulary.conversation(episode.prompt, episode.response).response
-        return episode.prompt.messages[-1]["content"], response
-
-    def _second(self, episodes: Sequence[Episode]) -> list[float]:
-        judge: Judge | None = self._roles.second_judge
-        if judge is None:
-            return []
-
-        def scores(mine: list[Episode]) -> list[float]:
-            return judge.scores([self._vocabulary.conversation(e.prompt, e.response) for e in mine]).values
-
-        return self._team.share(episodes, scores)
+        return self._rollout.episodes(self._prompts, self._seed, round_number)
 
 
 def divergence(episode: Episode) -> float:

@@ -5,13 +5,14 @@
     adapters   one frozen base: policy and critic are low-rank adapters on it, and so is a reward model that was trained
                with `lora` on that base; the reference is the base without any
 
-What learns is one module, `Actors`, whose forward pass gives everything that the loss needs: processes that share a
-gradient see one forward pass for one backward pass.
+What learns, `Actors`, is taken in passes: policy and critic have each a forward and a backward pass of their own, so
+that the activations and gradients of only one of them are held at a time; on one trunk they share a pass.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,17 @@ from rlhf.model import Critic, last_gain
 from stages.lora import merged_in_place, using_adapter
 from stages.ppo.episodes import Trajectory
 
+POLICY, CRITIC, REWARD = "policy", "critic", "reward"  # names of adapters
 
-class Outputs(NamedTuple):
-    """What the actors say of a trajectory's response tokens, [B, T], zero behind the mask."""
+
+class Likelihoods(NamedTuple):
+    """What the policy says of a trajectory's response tokens, [B, T], zero behind the mask."""
 
     logprobs: Tensor
     entropy: Tensor
-    values: Tensor
 
 
-class Actors(nn.Module):
+class Actors(nn.Module, ABC):
     """What learns: the policy, whose logits are divided by the temperature, and the critic.
 
     `end_ids` can't be drawn at the first `least` - 1 tokens of a response.
@@ -46,25 +48,20 @@ class Actors(nn.Module):
         super().__init__()
         self._temperature, self._end_ids, self._least = temperature, end_ids, least
 
-    def forward(self, rows: Trajectory | None = None, texts: Tensor | None = None) -> Outputs | Tensor:
-        """What both say of the rows; or the policy's nats for texts [n, L + 1], all but their first tokens, summed."""
-        if rows is None:
-            assert texts is not None
-            states = self.policy_states(texts[:, :-1])
-            return -self._reader.read(states.flatten(0, 1), texts[:, 1:].flatten()).logprobs.sum()
-        states = self.policy_states(rows.ids)
-        return Outputs(*self.read(self._reader, states, rows), self.values(rows, states))
-
     def policy_states(self, ids: Tensor) -> Tensor:
         """What the policy's log-probabilities are read from, at all positions of ids [B, L]."""
         return self._reader.states(ids)
 
+    @abstractmethod
     def values(self, rows: Trajectory, policy_states: Tensor | None = None) -> Tensor:
         """The critic's values [B, T] of the states before each of the response's tokens.
 
         A critic on the policy's trunk uses the policy's states, where they are at hand.
         """
-        raise NotImplementedError
+
+    def passes(self) -> list["Pass"]:
+        """What learns, in the order in which it is taken."""
+        return [Pass(self, "policy"), Pass(self, "critic")]
 
     def _trunk(self, ids: Tensor) -> Tensor:
         """The last hidden states [B, L, H] of the policy's body."""
@@ -79,19 +76,28 @@ class Actors(nn.Module):
         """The policy as a plain model, to be saved; nothing can be learned afterwards."""
         return self.policy
 
+    @abstractmethod
     def policy_parameters(self) -> list[nn.Parameter]:
         """Those that the policy's optimiser moves."""
-        raise NotImplementedError
 
+    @abstractmethod
     def critic_parameters(self) -> list[nn.Parameter]:
         """Those that the critic's optimiser moves."""
-        raise NotImplementedError
 
-    def read(self, reader: TokenReader, states: Tensor, rows: Trajectory) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [B, T] of the response's tokens, from states [B, L, H] of all positions."""
+    def policy_says(self, rows: Trajectory, states: Tensor) -> Likelihoods:
+        """What the policy says of the response's tokens, from its states of all positions."""
+        return self.read(self._reader, states, rows)
+
+    def nats_of(self, texts: Tensor) -> Tensor:
+        """The policy's nats for texts [n, L + 1], all but their first tokens, summed."""
+        states = self.policy_states(texts[:, :-1])
+        return -self._reader.read(states.flatten(0, 1), texts[:, 1:].flatten()).logprobs.sum()
+
+    def read(self, reader: TokenReader, states: Tensor, rows: Trajectory) -> Likelihoods:
+        """What a model says of the response's tokens, from its states [B, L, H] of all positions."""
         before, tokens = _before(states, rows)[rows.mask], rows.tokens()[rows.mask]
         found = reader.read(before, tokens, self._temperature, self._hide(rows))
-        return _spread(found.logprobs, rows.mask), _spread(found.entropy, rows.mask)
+        return Likelihoods(_spread(found.logprobs, rows.mask), _spread(found.entropy, rows.mask))
 
     def _hide(self, rows: Trajectory) -> Hide | None:
         support, least = rows.allowed(), self._least
@@ -181,6 +187,10 @@ class SharedActors(Actors):
         states = policy_states if policy_states is not None and self._reader.apart else self._trunk(rows.ids)
         return torch.where(rows.mask, self.head(_before(states, rows)), 0.0)
 
+    def passes(self) -> list["Pass"]:
+        """See Actors."""
+        return [Pass(self, "policy", "critic")]
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """See Actors: the trunk's, which the value loss moves too."""
         return list(self.policy.parameters())
@@ -230,7 +240,38 @@ class AdapterActors(Actors):
         return [*found, *self.head.parameters()]
 
 
-POLICY, CRITIC, REWARD = "policy", "critic", "reward"  # names of adapters
+Who = Literal["policy", "critic"]
+
+
+class Outputs(NamedTuple):
+    """What a pass gives; None is what is not in it."""
+
+    likelihoods: Likelihoods | None
+    values: Tensor | None
+
+
+class Pass(nn.Module):
+    """A forward and backward pass of policy, critic or both, with the parameters that it moves and no others.
+
+    So processes that share a gradient share just these.
+    """
+
+    def __init__(self, actors: Actors, *who: Who) -> None:
+        super().__init__()
+        self.who = who
+        parameters = {"policy": actors.policy_parameters, "critic": actors.critic_parameters}
+        self.trained = nn.ModuleDict({each: nn.ParameterList(parameters[each]()) for each in who})
+        self._actors = (actors,)  # in a tuple it is no part of this module
+
+    def forward(self, rows: Trajectory | None = None, texts: Tensor | None = None) -> Outputs | Tensor:
+        """What they say of the rows; or the policy's nats for texts, see `Actors.nats_of`."""
+        (actors,) = self._actors
+        if rows is None:
+            assert texts is not None
+            return actors.nats_of(texts)
+        states = actors.policy_states(rows.ids) if "policy" in self.who else None
+        likelihoods = actors.policy_says(rows, states) if states is not None else None
+        return Outputs(likelihoods, actors.values(rows, states) if "critic" in self.who else None)
 
 
 class Reference:
@@ -248,7 +289,7 @@ class Reference:
     def logprobs(self, actors: Actors, rows: Trajectory) -> Tensor:
         """Log-probabilities [B, T] of the response's tokens, among those that the policy could draw."""
         with self._as_it_was():
-            return actors.read(self._reader, self._reader.states(rows.ids), rows)[0]
+            return actors.read(self._reader, self._reader.states(rows.ids), rows).logprobs
 
 
 class Roles(NamedTuple):

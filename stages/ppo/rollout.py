@@ -1,0 +1,114 @@
+"""Episodes: the policy's responses to prompts, and what judge, reference and critic say of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.recipe import PpoSection
+from rlhf.rollout import Drawing, Response, build_engine, uniforms
+from rlhf.team import Team
+from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary, microbatches_of, pack_episodes
+from stages.ppo.gold import gold_rewards
+from stages.ppo.roles import Actors, Roles
+
+ACTIVATIONS = 2**29  # bytes
+
+
+class Budget(NamedTuple):
+    """How much is read at once, on each rank."""
+
+    tokens: int
+    episodes: int
+
+    @classmethod
+    def of(cls, settings: PpoSection, model: PreTrainedModel) -> "Budget":
+        """The recipe's; or else tokens whose activations take about half a GiB, by a rough count of a Transformer's."""
+        config = model.config.get_text_config()
+        width, layers = config.hidden_size, config.num_hidden_layers
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        fitting = max(256, ACTIVATIONS // (4 * layers * (12 * width + 4 * inner)))
+        return cls(settings.microbatch_tokens or fitting, settings.microbatch_size or settings.episodes_per_update)
+
+
+class Setup(NamedTuple):
+    """What learning and measuring have in common."""
+
+    team: Team
+    seed: int
+    settings: PpoSection
+    roles: Roles
+    vocabulary: Vocabulary
+    budget: Budget
+
+
+class Rollout:
+    """Makes episodes, always in the recipe's way; the ranks share the work."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        drawing = Drawing(**setup.settings.sampling.model_dump())
+        with setup.roles.actors.drawing() as policy:
+            self._engine = build_engine(
+                policy,
+                setup.vocabulary.tokenizer,
+                drawing,
+                end_ids=setup.vocabulary.end_ids,
+                kind=setup.settings.engine,
+            )
+
+    def episodes(self, prompts: Sequence[Prompt], seed: int, number: int, first: int = 0) -> list[Episode]:
+        """An episode of each prompt, decided by seed, number, and its own number: `first` and its place."""
+        setup = self._setup
+
+        def answer(mine: list[int]) -> list[Episode]:
+            chosen = [prompts[place] for place in mine]
+            draws = uniforms(seed, number, [first + place for place in mine], setup.settings.sampling.max_tokens)
+            with setup.roles.actors.drawing():
+                responses = self._engine.generate([prompt.ids for prompt in chosen], draws)
+            return observed(setup, chosen, responses)
+
+        return setup.team.share(range(len(prompts)), answer)
+
+    def second_scores(self, episodes: Sequence[Episode]) -> list[float]:
+        """What the second judge says of the responses; nothing where there is none."""
+        setup = self._setup
+        judge = setup.roles.second_judge
+        if judge is None:
+            return []
+
+        def scores(mine: list[Episode]) -> list[float]:
+            return judge.scores([setup.vocabulary.conversation(e.prompt, e.response) for e in mine]).values
+
+        return setup.team.share(episodes, scores)
+
+
+def observed(setup: Setup, prompts: list[Prompt], responses: list[Response]) -> list[Episode]:
+    """The episodes, with what judge, reference and critic say of them."""
+    roles, vocabulary = setup.roles, setup.vocabulary
+    conversations = [vocabulary.conversation(*pair) for pair in zip(prompts, responses, strict=True)]
+    scores = roles.judge.scores(conversations)
+    known = gold_rewards([prompt.messages for prompt in prompts], [found.response for found in conversations])
+    gold: Sequence[float | None] = known or [None] * len(prompts)
+    blank = [
+        Episode(prompt, response, score, judged, truth, [], [])
+        for prompt, response, score, judged, truth in zip(
+            prompts, responses, scores.values, scores.figures_of_each(), gold, strict=True
+        )
+    ]
+    found: list[Episode | None] = [None] * len(blank)
+    for part in microbatches_of([episode.tokens for episode in blank], setup.budget.tokens, len(blank), 1):
+        rows = pack_episodes([blank[place] for place in part], vocabulary.pad_id, roles.actors.policy)
+        reference = roles.reference.logprobs(roles.actors, rows).tolist()
+        values = _values(roles.actors, rows).tolist()
+        for row, place in enumerate(part):
+            count = len(blank[place].response.ids)
+            found[place] = blank[place]._replace(reference=reference[row][:count], values=values[row][:count])
+    return [episode for episode in found if episode is not None]
+
+
+@torch.inference_mode()
+def _values(actors: Actors, rows: Trajectory) -> Tensor:
+    return actors.values(rows)

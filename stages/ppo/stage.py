@@ -1,0 +1,208 @@
+"""The stage's own course: what it sets up, and training with its validations, its doctor and its checkpoints."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.checkpoint import load_tree
+from rlhf.errors import DataError, StageFailed
+from rlhf.job import Job
+from rlhf.model import end_ids
+from rlhf.rundir import read_json, write_json
+from rlhf.runtime import Bar, derive_seed, log, make_accelerator
+from rlhf.saver import Saver
+from stages.common import packed_texts, starting_model
+from stages.ppo.doctor import SMALLER_STEPS_HELP, Doctor, Finding
+from stages.ppo.episodes import Episode, Prompt, Vocabulary, read_prompts
+from stages.ppo.keep import Keeper, Point
+from stages.ppo.layouts import build_roles, memory_table
+from stages.ppo.learner import Learner, Texts
+from stages.ppo.measure import Examiner
+from stages.ppo.rollout import Budget, Rollout, Setup
+
+VALIDATION_SHARE, MOST_VALIDATION = 0.1, 128
+SHOWN = 3  # examples
+TOLD_AGAIN_AFTER = 10  # updates
+
+
+class Stage:
+    """What the stage works with, from the recipe."""
+
+    def __init__(self, job: Job) -> None:
+        recipe = job.recipe
+        assert recipe.ppo is not None
+        self.job, self.settings = job, recipe.ppo
+        s = self.settings
+        accelerator = make_accelerator()
+        start = starting_model(recipe, job.run, "ppo")
+        tokenizer = start.tokenizer()
+        self.roles = build_roles(recipe, job.run, start, tokenizer, accelerator.device)
+        policy = self.roles.actors.policy
+        self.vocabulary = Vocabulary(tokenizer, end_ids(policy, tokenizer), s.sampling.stop)
+        prompts, validation = self._prompts()
+        self.test_prompts = read_prompts(recipe, s, tokenizer, policy, "test_prompts")
+        budget = Budget.of(s, policy)
+        log(
+            f"ppo: layout {s.layout}; {s.updates} updates of {s.episodes_per_update} episodes, {s.epochs} epochs x "
+            f"{s.minibatches} minibatches of {s.episodes_per_update // s.minibatches} episodes, over {job.team.size} "
+            f"processes in microbatches of at most {budget.tokens:,} tokens; {len(prompts):,} prompts, "
+            f"{len(validation):,} validation prompts, {len(self.test_prompts):,} test prompts"
+        )
+        for line in memory_table(self.roles):
+            log(f"ppo: {line}")
+        setup = Setup(job.team, recipe.seed, s, self.roles, self.vocabulary, budget)
+        rollout = Rollout(setup)
+        self.test = Examiner(setup, rollout, self.test_prompts, "test")
+        self.validation = Examiner(setup, rollout, validation, "validation")
+        self.learner = Learner(setup, rollout, prompts, accelerator, self._texts())
+        folder = job.directory.path
+        self.keeper = Keeper(s, self.roles.actors, folder / "kept", folder / "checkpoints", writes=job.team.is_main)
+        self.doctor, self.back_offs, self._back_offs_file = Doctor(s.doctor.off), 0, folder / "back_offs.json"
+
+    def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Those to learn on, and those to measure on the way; no prompt is in both."""
+        recipe, s = self.job.recipe, self.settings
+        read = (recipe, s, self.vocabulary.tokenizer, self.roles.actors.policy)
+        prompts = read_prompts(*read, "prompts")
+        if s.validation_prompts:
+            validation = read_prompts(*read, "validation_prompts")
+        else:
+            distinct = list({tuple(prompt.ids): prompt for prompt in prompts}.values())
+            order = np.random.default_rng(derive_seed(recipe.seed, "ppo", "held out")).permutation(len(distinct))
+            most = min(MOST_VALIDATION, max(1, round(VALIDATION_SHARE * len(distinct))))
+            validation = [distinct[place] for place in sorted(order[:most].tolist())]
+        held = {tuple(prompt.ids) for prompt in validation}
+        left = [prompt for prompt in prompts if tuple(prompt.ids) not in held]
+        if not left:
+            raise DataError("ppo.prompts: every prompt is a validation prompt, so none is left to learn on")
+        return left, validation
+
+    def _texts(self) -> Texts | None:
+        """What gives the pretraining texts of an optimiser step."""
+        ptx = self.settings.ptx
+        if ptx is None:
+            return None
+        seed = derive_seed(self.job.recipe.seed, "ppo", "texts")
+        packed, _ = packed_texts(self.job, ptx.train, self.vocabulary.tokenizer, ptx.sequence_length, seed)
+        rows = ptx.tokens_per_minibatch // ptx.sequence_length
+
+        def texts(step: int) -> torch.Tensor:
+            inputs, targets = packed.batch(range(step * rows, (step + 1) * rows))
+            return torch.cat((inputs, targets[:, -1:]), 1)
+
+        return texts
+
+    # Training
+
+    def state(self) -> dict[str, Any]:
+        """What the next update depends on."""
+        return {
+            "learner": self.learner.state(),
+            "points": self.keeper.state(),
+            "doctor": self.doctor.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self.learner.load(state["learner"])
+        self.keeper.load(state["points"])
+        self.doctor.load(state["doctor"])
+
+    def train(self) -> float:
+        """All updates; the seconds that they took."""
+        s, job = self.settings, self.job
+        metrics = job.metrics()
+        saver = Saver(job, metrics)
+        found = saver.resume()
+        update = 0
+        if found:
+            self.load(load_tree(found.path, "state"))
+            update = found.step
+            self._apply_back_offs((read_json(self._back_offs_file) or {"times": 0})["times"])
+        else:
+            self._back_offs_file.unlink(missing_ok=True)
+            metrics.log(update=0, **self._validate(0))
+            if s.doctor.action == "back_off":
+                saver.save(0, self.state, self.learner.weights())
+        with saver.training(), Bar("ppo", s.updates, update, lines=True) as bar:
+            while update < s.updates:
+                episodes, figures = self.learner.update(update)
+                update += 1
+                bar.show(update, **{label: figures[name] for label, name in SHOWN_FIGURES.items()})
+                if update % s.samples_every == 0:
+                    self._show(episodes)
+                measured = update % s.validate_every == 0 or update == s.updates
+                noted = self._validate(update) if measured else {}
+                findings = self._consult(update, figures)
+                if findings:
+                    noted["findings"] = [finding.name for finding in findings]
+                if noted or update % s.log_every == 0:
+                    metrics.log(update=update, **figures, **noted)
+                update = self._treat(update, findings, saver)
+                saver.after_step(update, s.updates, self.state, self.learner.weights())
+            return saver.seconds()
+
+    def _validate(self, update: int) -> dict[str, Any]:
+        """Measures the policy on the validation prompts, and keeps it if it is the best so far; the figures."""
+        found = self.validation.measure()
+        point = Point.of(update, found)
+        best = self.keeper.add(point)
+        log(f"ppo: validation after update {update}: {found.line()}{' (the best so far)' if best and update else ''}")
+        values = point._asdict()
+        del values["update"]
+        return {f"validation_{name}": value for name, value in values.items() if value is not None}
+
+    def _show(self, episodes: list[Episode]) -> None:
+        for episode in episodes[:SHOWN]:
+            response = self.vocabulary.conversation(episode.prompt, episode.response).response
+            log(f"  {episode.prompt.messages[-1]['content']} -> {response} [{episode.score:.2f}]")
+
+    def _consult(self, update: int, figures: dict[str, float]) -> list[Finding]:
+        """What the doctor finds; the user is told what wasn't found shortly before."""
+        findings = self.doctor.look(update, figures)
+        for finding in findings:
+            if not any(update - TOLD_AGAIN_AFTER <= made < update for made in self.doctor.found[finding.name]):
+                log(f"ppo: update {update}: {finding}")
+        return findings
+
+    def _treat(self, update: int, findings: list[Finding], saver: Saver) -> int:
+        """Does about the findings what the recipe says; the update to go on after."""
+        action = self.settings.doctor.action
+        if findings and action == "stop":
+            raise StageFailed(f"ppo: stopped after update {update}: {'. '.join(map(str, findings))}")
+        harmful = [finding for finding in findings if finding.name in SMALLER_STEPS_HELP]
+        return self._back_off(update, harmful[0], saver) if harmful and action == "back_off" else update
+
+    def _back_off(self, update: int, finding: Finding, saver: Saver) -> int:
+        """Restores the last checkpoint, from before the finding, and halves the learning rates from there on.
+
+        How often that was done stands in a file of its own, which is written first: a run that is killed here goes on
+        as this one does.
+        """
+        times = self.back_offs + 1
+        if times > self.settings.doctor.most_back_offs:
+            raise StageFailed(f"ppo: backed off {self.back_offs} times, and again after update {update}: {finding}")
+        if self.job.team.is_main:
+            write_json(self._back_offs_file, {"times": times})
+        found = saver.back()  # one is written before the first update
+        self.load(load_tree(found.path, "state"))
+        self._apply_back_offs(times)
+        log(f"ppo: {finding.name}: back to update {found.step}, with {0.5**times:g} of the learning rates")
+        return found.step
+
+    def _apply_back_offs(self, times: int) -> None:
+        self.back_offs = times
+        self.learner.scale_rates(0.5**times)
+
+
+SHOWN_FIGURES = {
+    "score": "score",
+    "KL": "kl",
+    "entropy": "entropy",
+    "tokens": "response_tokens",
+    "ended": "ended",
+    "clipped": "clip_fraction",
+    "explained": "explained_variance",
+    "episodes/s": "episodes_per_second",
+}
