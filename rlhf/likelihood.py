@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from rlhf.functional.masked import widened
 
-LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB as float32: more tokens than that are read in parts
+LOGITS_AT_ONCE = 2**22  # numbers, 16 MiB as float32: more tokens than that are read in parts; on an accelerator:
+LOGITS_AT_ONCE_THERE = 2**27
 SPLIT_TOLERANCE = 1e-3
 
 Hide = Callable[[Tensor, int], Tensor]  # (logits of the tokens from a place on, the place) -> with some at -inf
@@ -52,7 +53,7 @@ class TokenReader:
         Where gradients are taken, the logits of each part are made again for the backward pass instead of being held.
         """
         size = self._model.config.get_text_config().vocab_size
-        step = max(1, LOGITS_AT_ONCE // size)
+        step = max(1, (LOGITS_AT_ONCE if states.device.type == "cpu" else LOGITS_AT_ONCE_THERE) // size)
         if len(states) <= step:
             return Likelihood(*self._part(states, tokens, 0, temperature, hide))
         found = []

@@ -476,6 +476,12 @@ class PpoSection(Section):
     engine: Literal["auto", "cache", "generate"] = Field(
         "auto", description="what draws responses: our loop over the KV cache, or transformers.generate"
     )
+    rollout_batch_size: int = Field(
+        256,
+        ge=1,
+        description="responses drawn at a time at most; fewer where a KV cache of half a GiB, or a quarter of an "
+        "accelerator's memory, holds no more",
+    )
     updates: int = Field(ge=1, description="rollout and optimisation, this many times")
     episodes_per_update: int = Field(ge=1, description="prompts with a response in one update, over all processes")
     epochs: int = Field(2, ge=1, description="passes over an update's episodes")

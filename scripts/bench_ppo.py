@@ -2,14 +2,17 @@
 
     scripts/bench_ppo --peer-python PYTHON --peer trl_ppo_peer.py --policy DIR --reward DIR
     scripts/bench_ppo --peer-python PYTHON --peer trl_ppo_peer.py --random 60 --response 256 --updates 3 --rounds 1
+    scripts/bench_ppo --random 500 --shape qwen3 --response 512 --layouts full,shared,adapters --updates 3 --rounds 1
 
-PYTHON has trl 1.12.0 installed; the peer script runs its PPOTrainer and ends with a line of JSON. DIR are a chat model
-and a reward model with one tokenizer (a run's sft/model and reward/model). The prompts are those of --prompts (JSON
-Lines of `prompt`) or the built-in world's. --random makes models of about so many million parameters with random
-weights, as both.
+PYTHON has trl 1.12.0 installed; the peer script runs its PPOTrainer and ends with a line of JSON; without them ours is
+run alone. DIR are a chat model and a reward model with one tokenizer (a run's sft/model and reward/model). The prompts
+are those of --prompts (JSON Lines of `prompt`) or the built-in world's. --random makes models of about so many million
+parameters with random weights, as both: of Llama's shape, or of Qwen3's with its vocabulary (the third line above is
+0.5 B parameters, for a GPU, which is used in bf16 where there is one).
 
-Prints episodes a second (medians, the first update left out), peak memory above what the libraries take, and where the
-built-in world knows it, gold reward and KL; ours at TRL's KL, from the course of our run.
+Prints episodes a second (medians, the first update left out), how the time is divided between drawing, observing
+(judge, reference, critic) and learning, peak memory above what the libraries take, on a GPU the allocator's peak, and
+where the built-in world knows it, gold reward and KL; ours at TRL's KL, from the course of our run.
 """
 
 import argparse
@@ -36,14 +39,15 @@ LIBRARIES = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", type=Path, required=True)
-    parser.add_argument("--peer", type=Path, required=True)
+    parser.add_argument("--peer-python", type=Path)
+    parser.add_argument("--peer", type=Path)
     parser.add_argument("--policy", type=Path)
     parser.add_argument("--reward", type=Path)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--eval-prompts", type=Path, help="what both are measured on; default: the last of --prompts")
     parser.add_argument("--evaluated", type=int, default=128, help="of --prompts, so many last ones (default 128)")
     parser.add_argument("--random", type=int, metavar="MILLIONS")
+    parser.add_argument("--shape", choices=["llama", "qwen3"], default="llama", help="of --random")
     parser.add_argument("--layouts", default="full,shared")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4)
@@ -165,10 +169,14 @@ def ours(args: argparse.Namespace, folder: Path, layout: str) -> dict[str, Any]:
     stage = folder / "bench/ppo"
     summary = json.loads((stage / "summary.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").open(encoding="utf-8")]
-    seconds = [args.batch / line["episodes_per_second"] for line in lines if line["update"] > 1]
+    settled = [line for line in lines if line["update"] > 1]
+    seconds = sum(args.batch / line["episodes_per_second"] for line in settled)
+    parts = ("drawing", "observing", "learning")
     return {
-        "episodes/s": args.batch * len(seconds) / sum(seconds),
+        "episodes/s": args.batch * len(settled) / seconds,
+        "time": " / ".join(f"{sum(line[f'{part}_seconds'] for line in settled) / seconds:.0%}" for part in parts),
         "peak_mib": summary["peak_memory_mib"],
+        "peak_gpu_mib": summary.get("peak_gpu_memory_mib"),
         "kl": summary["kl"],
         "score": summary["score_after"],
         "gold": summary.get("gold_after"),
@@ -187,7 +195,7 @@ def gold_at(course: list[tuple[float, float]], kl: float) -> float | None:
 def make_models(args: argparse.Namespace, folder: Path) -> None:
     """A policy and a reward model with random weights, and prompts of random tokens' text."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf.tinyworld.documents import documents
     from rlhf.tokenizer import prepare_for_chat, token_info, train_bpe
@@ -195,28 +203,41 @@ def make_models(args: argparse.Namespace, folder: Path) -> None:
     torch.manual_seed(args.seed)
     tokenizer = train_bpe(itertools.islice(documents("train", 1), 3000), 1024)
     prepare_for_chat(tokenizer, "rlhf")
-    width = 512
-    layers = max(1, round((args.random * 1e6 - 2 * 8192 * width) / (16 * width**2)))
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=1024,
-        initializer_range=0.02,
-        **token_info(tokenizer),
-    )
+    config = config_of(args, token_info(tokenizer))
     args.policy, args.reward = folder / "policy", folder / "reward"
     for path, kind, more in (
-        (args.policy, LlamaForCausalLM, {}),
-        (args.reward, LlamaForSequenceClassification, {"num_labels": 1}),
+        (args.policy, AutoModelForCausalLM, {}),
+        (args.reward, AutoModelForSequenceClassification, {"num_labels": 1}),
     ):
         for key, value in more.items():
             setattr(config, key, value)
-        kind(config).save_pretrained(path)
+        kind.from_config(config).save_pretrained(path)
         tokenizer.save_pretrained(path)
+
+
+def config_of(args: argparse.Namespace, tokens: dict[str, Any]) -> Any:
+    """A configuration of about --random million parameters."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    if args.shape == "llama":
+        width, vocabulary = 512, 8192
+        a_layer, tables = 16 * width**2, 2 * vocabulary * width
+        make, more = LlamaConfig, {"intermediate_size": 4 * width, "num_attention_heads": 8, "num_key_value_heads": 8}
+    else:  # Qwen3-0.6B but for its depth
+        width, vocabulary, heads, kept, size = 1024, 151936, 16, 8, 128
+        a_layer = 2 * width * size * (heads + kept) + 3 * width * 3072
+        tables = vocabulary * width
+        make, more = Qwen3Config, {"intermediate_size": 3072, "num_attention_heads": heads, "head_dim": size}
+        more |= {"num_key_value_heads": kept, "tie_word_embeddings": True}
+    return make(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=max(1, round((args.random * 1e6 - tables) / a_layer)),
+        max_position_embeddings=1024,
+        initializer_range=0.02,
+        **more,
+        **tokens,
+    )
 
 
 def share_prompts(args: argparse.Namespace, folder: Path) -> None:
@@ -244,31 +265,43 @@ def main() -> None:
             make_models(args, folder)
         share_prompts(args, folder)
         layouts = args.layouts.split(",")
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in ("TRL", *layouts)}
+        peer = ["TRL"] if args.peer else []
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in (*peer, *layouts)}
         for number in range(args.rounds):
-            found["TRL"].append(theirs(args, folder))
+            if peer:
+                found["TRL"].append(theirs(args, folder))
             for layout in layouts:
                 found[layout].append(ours(args, folder, layout))
             print(
                 f"round {number + 1}: " + ", ".join(f"{s} {f[-1]['episodes/s']:.1f}/s" for s, f in found.items()),
                 flush=True,
             )
-        baseline = {
-            side: libraries_mib(python, LIBRARIES[side], args)
-            for side, python in (("ours", sys.executable), ("TRL", str(args.peer_python)))
-        }
+        pythons = {"ours": sys.executable, **({"TRL": str(args.peer_python)} if peer else {})}
+        baseline = {side: libraries_mib(python, LIBRARIES[side], args) for side, python in pythons.items()}
     show(found, baseline)
 
 
 def show(found: dict[str, list[dict[str, Any]]], baseline: dict[str, float]) -> None:
     """Prints the table."""
+    first = next(iter(found))
     table = Table(
-        "", "episodes/s", "of TRL's", "peak MiB above libraries", "of TRL's", "score", "KL", "gold", "gold at TRL's KL"
+        "",
+        "episodes/s",
+        f"of {first}'s",
+        "draw / observe / learn",
+        "peak MiB above libraries",
+        f"of {first}'s",
+        "peak MiB of the GPU",
+        "score",
+        "KL",
+        "gold",
+        "gold at TRL's KL",
     )
 
     def middle(side: str, key: str) -> float | None:
-        values = [each[key] for each in found[side]]
-        return None if None in values else statistics.median(values)
+        values = [each.get(key) for each in found.get(side, [])]
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
 
     def shown(value: float | None, digits: int = 3) -> str:
         return "-" if value is None else f"{value:,.{digits}f}"
@@ -278,20 +311,26 @@ def show(found: dict[str, list[dict[str, Any]]], baseline: dict[str, float]) -> 
         rate = middle(side, "episodes/s") or 0.0
         memory = (middle(side, "peak_mib") or 0.0) - baseline["TRL" if side == "TRL" else "ours"]
         reference.setdefault("rate", rate), reference.setdefault("memory", memory)
-        kl = middle("TRL", "kl") or 0.0
-        at = [gold_at(each["course"], kl) for each in found[side] if "course" in each]
+        at = []
+        if "TRL" in found and side != "TRL":
+            golds = [
+                gold_at(mine["course"], their["kl"]) for mine, their in zip(found[side], found["TRL"], strict=True)
+            ]
+            at = [gold for gold in golds if gold is not None]
         table.add_row(
             side,
             shown(rate, 1),
             shown(rate / reference["rate"], 2),
+            found[side][0].get("time", "-"),
             shown(memory, 0),
             shown(memory / reference["memory"], 2),
+            shown(middle(side, "peak_gpu_mib"), 0),
             shown(middle(side, "score")),
             shown(middle(side, "kl")),
             shown(middle(side, "gold")),
-            shown(at[0] if at else None),
+            shown(statistics.median(at) if at else None),
         )
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMINGS = {
-    "time",
-    "tokens_per_second",
-    "pairs_per_second",
-    "episodes_per_second",
-    "rollout_seconds",
-    "rollout_tokens_per_second",
-}
-VOLATILE = TIMINGS | {"seconds", "cpu_seconds", "started", "peak_memory_mib"}
+MACHINE = {"time", "started", "seconds", "peak_memory_mib"}  # what depends on the machine, beside ..._(per_)second(s)
 
 
 def differences(reference: Path, other: Path) -> list[str]:
@@ -32,13 +24,13 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 def _summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
-    return _without(json.loads(path.read_text()), VOLATILE) if path.exists() else {}
+    return _equal_part(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    return [_without(json.loads(line), TIMINGS) for line in path.read_text().splitlines()] if path.exists() else []
+    return [_equal_part(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _without(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
+def _equal_part(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in MACHINE and not k.endswith(("_seconds", "_per_second"))}

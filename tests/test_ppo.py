@@ -136,7 +136,7 @@ def make_learner(section: PpoSection, budget: Budget = THREE, dtype: torch.dtype
     device: Any = Device()
     nobody: Any = None  # draws
     roles = Roles(actors, reference, LengthJudge(), None)
-    return Learner(Setup(Team(), 5, section, roles, VOCABULARY_OF, budget), nobody, PROMPTS, device)
+    return Learner(Setup(Team(), 5, section, roles, VOCABULARY_OF, budget, device), nobody, PROMPTS)
 
 
 def logits_of(actors: Actors, ids: torch.Tensor) -> torch.Tensor:

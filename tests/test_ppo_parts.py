@@ -234,3 +234,27 @@ def test_a_judge_that_says_one_thing_stops_a_run_whose_doctor_may(finished_chain
     assert "judge_is_constant" in said
     summary = json.loads((tmp_path / "runs/tiny/ppo/summary.json").read_text())
     assert summary["findings"]["judge_is_constant"] == [1, 2]
+
+
+@pytest.mark.parametrize("layout", ["full", "shared", "adapters"])
+def test_two_processes_do_what_one_does(finished_chain: Path, tmp_path: Path, layout: str) -> None:
+    lines = []
+    for processes in ("1", "2"):
+        run = with_chain(finished_chain, tmp_path / processes, "tokenizer", "pretrain", "sft", "reward")
+        more = (f"ppo.layout={layout}", "ppo.samples_every=1", "ppo.updates=2", "ppo.entropy_coefficient=0.01")
+        rlhf(
+            *("run", "ppo", "--recipe", str(TINY_RECIPE), "--processes", processes, *more),
+            "ppo.ptx={train: [{builtin: tinyworld, rows: 300}], sequence_length: 32, tokens_per_minibatch: 64}",
+            cwd=tmp_path / processes,
+        )
+        lines.append([json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()])
+    assert [line["update"] for line in lines[0]] == [0, 1, 2]
+    for one, two in zip(*lines, strict=True):
+        assert set(one) == set(two)
+        for shown in zip(one.pop("samples", []), two.pop("samples", []), strict=True):
+            assert shown[0]["prompt"] == shown[1]["prompt"]
+            assert shown[0]["response"] == shown[1]["response"]
+        assert one.pop("findings", []) == two.pop("findings", [])
+        for name in one.keys() - {"time", "drift"}:
+            if not name.endswith(("_seconds", "_per_second")):
+                assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name

@@ -23,7 +23,10 @@ class BaseEngine(ABC):
         batch_size: int = 256,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`end_ids` end a response; `batch_size` are drawn at a time; `progress` is told how many are over."""
+        """`end_ids` end a response; no more than `batch_size` are drawn at a time.
+
+        `progress` is told how many are over, whenever there are more.
+        """
         self._model, self._drawing, self._batch_size, self._progress = model, drawing, batch_size, progress
         self._ends, self._pad = Ends(tokenizer, list(end_ids), drawing.stop), tokenizer.pad_token_id
 

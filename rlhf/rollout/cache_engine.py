@@ -19,6 +19,8 @@ from rlhf.rollout.slots import KeysValues
 from rlhf.rollout.transcript import Transcript
 
 PREFILL_TOKENS = 16384  # of one forward pass, padding included
+CACHE_BYTES = 2**29  # of keys and values; on an accelerator:
+CACHE_SHARE = 1 / 4  # of its memory
 IDLE_SHARE = 1 / 8  # rows that are over are replaced or leave once they are so many of the batch
 
 
@@ -28,8 +30,9 @@ class CacheEngine(BaseEngine):
     def _fill(self, transcript: Transcript, prompts: Sequence[list[int]]) -> None:
         with without_inference_tensors(self._model), evaluating(self._model), torch.inference_mode():
             columns = max(map(len, prompts), default=0) + self._drawing.max_tokens
-            decoder = Decoder(self._model, min(self._batch_size, len(prompts)), columns)
-            batch = _Batch(decoder, prompts, transcript)
+            bytes_ = cache_bytes(self._model.device)
+            decoder = Decoder(self._model, min(self._batch_size, len(prompts)), columns, bytes_)
+            batch = _Batch(decoder, prompts, transcript, min(PREFILL_TOKENS, bytes_ // 4 // decoder.token_bytes))
             while batch.going:
                 before = transcript.over
                 batch.advance()
@@ -37,11 +40,22 @@ class CacheEngine(BaseEngine):
                     self._progress(transcript.over)
 
 
+def cache_bytes(device: torch.device) -> int:
+    """How much memory the keys and values of all rows may take."""
+    if device.type != "cuda":
+        return CACHE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * CACHE_SHARE)
+
+
 class _Batch:
     """The rows that are being drawn, each in its slot. The arrays are int64 or bool, [slots]."""
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[list[int]], transcript: Transcript) -> None:
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[list[int]], transcript: Transcript, prefill_tokens: int
+    ) -> None:
+        """`prefill_tokens` of prompts are read at a time, padding included."""
         self._decoder, self._prompts, self._transcript, slots = decoder, prompts, transcript, decoder.slots
+        self._prefill_tokens = prefill_tokens
         self._waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)))
         self._episodes, self._tokens, self._positions = np.zeros((3, slots), dtype=np.int64)
         self._living = np.zeros(slots, dtype=np.bool_)
@@ -70,7 +84,7 @@ class _Batch:
         """Draws the first tokens of the next prompts; they take places as these become free."""
         episodes = [self._waiting.popleft()]
         while self._waiting and len(episodes) < self._decoder.slots:
-            if len(self._prompts[self._waiting[0]]) * (len(episodes) + 1) > PREFILL_TOKENS:
+            if len(self._prompts[self._waiting[0]]) * (len(episodes) + 1) > self._prefill_tokens:
                 break
             episodes.append(self._waiting.popleft())
         logits, self._group = self._decoder.prefill([self._prompts[episode] for episode in episodes])

@@ -15,17 +15,20 @@ from rlhf.rollout.slots import KeysValues, SlotCache
 
 
 class Decoder:
-    """A model with slots for so many rows. Whether it can be run so, rlhf.rollout.fit says."""
+    """A model with slots for rows. Whether it can be run so, rlhf.rollout.fit says."""
 
-    def __init__(self, model: PreTrainedModel, slots: int, columns: int) -> None:
-        """`columns` is how many tokens a row has at most."""
-        self._model, self.device, self.slots, self._columns = model, model.device, slots, columns
+    def __init__(self, model: PreTrainedModel, most_slots: int, columns: int, cache_bytes: int) -> None:
+        """`columns` is how many tokens a row has at most; slots beyond the first take `cache_bytes` at most."""
+        self._model, self.device, self._columns = model, model.device, columns
         config = model.config.get_text_config(decoder=True)
         self._windows = attention_windows(config)
         self._by_kind = hasattr(config, "layer_types")  # such models take a mask for each kind of layer
         self._seen = torch.zeros((), dtype=model.dtype, device=self.device)
         self._unseen = torch.full_like(self._seen, torch.finfo(model.dtype).min)
         self._cache: SlotCache | None = None
+        _, layers = self.prefill([[0]])
+        self.token_bytes = sum(states.numel() * states.element_size() for layer in layers for states in layer)
+        self.slots = max(1, min(most_slots, cache_bytes // (self.token_bytes * max(1, columns))))
 
     def prefill(self, prompts: Sequence[list[int]]) -> tuple[Tensor, list[KeysValues]]:
         """Logits [G, V] behind prompts, and of every layer keys and values [G, H, P, D], each row from the left."""

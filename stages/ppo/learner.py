@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf.errors import StageFailed
@@ -48,11 +47,10 @@ class Learner:
         setup: Setup,
         rollout: Rollout,
         prompts: list[Prompt],
-        accelerator: Accelerator,
         texts: Texts | None = None,
     ) -> None:
         self._setup, self._team, self._settings, self._actors = setup, setup.team, setup.settings, setup.roles.actors
-        self._rollout, self._prompts, self._accelerator, self._texts = rollout, prompts, accelerator, texts
+        self._rollout, self._prompts, self._accelerator, self._texts = rollout, prompts, setup.accelerator, texts
         rate = setup.settings.learning_rate
         self._rates: dict[Who, float] = {"policy": rate, "critic": setup.settings.critic_learning_rate or rate}
         self._passes = [self._prepared(each) for each in setup.roles.actors.passes()]
@@ -130,9 +128,17 @@ class Learner:
             "response_tokens": float(np.mean(tokens)),
             "ended": float(np.mean([episode.response.ended for episode in episodes])),
             "misplaced": float(sum(self._misplaced(episode.response) for episode in episodes)),
-            "rollout_tokens_per_second": sum(tokens) / (rolled - started),
-            "episodes_per_second": len(chosen) / (time.monotonic() - started),
-            "rollout_seconds": rolled - started,
+            **self._timings(started, rolled, len(chosen), sum(tokens)),
+        }
+
+    def _timings(self, started: float, rolled: float, episodes: int, tokens: int) -> dict[str, float]:
+        ended, drawing = time.monotonic(), self._rollout.drawing_seconds
+        return {
+            "episodes_per_second": episodes / (ended - started),
+            "rollout_tokens_per_second": tokens / drawing,
+            "drawing_seconds": drawing,
+            "observing_seconds": rolled - started - drawing,  # judge, reference and critic
+            "learning_seconds": ended - rolled,
         }
 
     def _choose_prompts(self, number: int) -> list[Prompt]:

@@ -1,9 +1,11 @@
 """Episodes: the policy's responses to prompts, and what judge, reference and critic say of them."""
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,6 +44,7 @@ class Setup(NamedTuple):
     roles: Roles
     vocabulary: Vocabulary
     budget: Budget
+    accelerator: Accelerator
 
 
 class Rollout:
@@ -49,6 +52,7 @@ class Rollout:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        self.drawing_seconds = 0.0  # of this rank, the last time
         drawing = Drawing(**setup.settings.sampling.model_dump())
         with setup.roles.actors.drawing() as policy:
             self._engine = build_engine(
@@ -57,6 +61,7 @@ class Rollout:
                 drawing,
                 end_ids=setup.vocabulary.end_ids,
                 kind=setup.settings.engine,
+                batch_size=setup.settings.rollout_batch_size,
             )
 
     def episodes(self, prompts: Sequence[Prompt], seed: int, number: int, first: int = 0) -> list[Episode]:
@@ -66,9 +71,12 @@ class Rollout:
         def answer(mine: list[int]) -> list[Episode]:
             chosen = [prompts[place] for place in mine]
             draws = uniforms(seed, number, [first + place for place in mine], setup.settings.sampling.max_tokens)
-            with setup.roles.actors.drawing():
-                responses = self._engine.generate([prompt.ids for prompt in chosen], draws)
-            return observed(setup, chosen, responses)
+            began = time.monotonic()
+            with setup.accelerator.autocast():  # as the training passes are
+                with setup.roles.actors.drawing():
+                    responses = self._engine.generate([prompt.ids for prompt in chosen], draws)
+                self.drawing_seconds = time.monotonic() - began
+                return observed(setup, chosen, responses)
 
         return setup.team.share(range(len(prompts)), answer)
 

@@ -51,11 +51,11 @@ class Stage:
         )
         for line in memory_table(self.roles):
             log(f"ppo: {line}")
-        setup = Setup(job.team, recipe.seed, s, self.roles, self.vocabulary, budget)
+        setup = Setup(job.team, recipe.seed, s, self.roles, self.vocabulary, budget, accelerator)
         rollout = Rollout(setup)
         self.test = Examiner(setup, rollout, self.test_prompts, "test")
         self.validation = Examiner(setup, rollout, validation, "validation")
-        self.learner = Learner(setup, rollout, prompts, accelerator, self._texts())
+        self.learner = Learner(setup, rollout, prompts, self._texts())
         folder = job.directory.path
         self.keeper = Keeper(s, self.roles.actors, folder / "kept", folder / "checkpoints", writes=job.team.is_main)
         self.doctor, self.back_offs, self._back_offs_file = Doctor(s.doctor.off), 0, folder / "back_offs.json"
@@ -130,10 +130,10 @@ class Stage:
                 episodes, figures = self.learner.update(update)
                 update += 1
                 bar.show(update, **{label: figures[name] for label, name in SHOWN_FIGURES.items()})
-                if update % s.samples_every == 0:
-                    self._show(episodes)
                 measured = update % s.validate_every == 0 or update == s.updates
                 noted = self._validate(update) if measured else {}
+                if update % s.samples_every == 0:
+                    noted["samples"] = self._show(episodes[:SHOWN])
                 findings = self._consult(update, figures)
                 if findings:
                     noted["findings"] = [finding.name for finding in findings]
@@ -153,10 +153,15 @@ class Stage:
         del values["update"]
         return {f"validation_{name}": value for name, value in values.items() if value is not None}
 
-    def _show(self, episodes: list[Episode]) -> None:
-        for episode in episodes[:SHOWN]:
+    def _show(self, episodes: list[Episode]) -> list[dict[str, Any]]:
+        """Shows some episodes; as metrics.jsonl has them."""
+        samples = []
+        for episode in episodes:
             response = self.vocabulary.conversation(episode.prompt, episode.response).response
-            log(f"  {episode.prompt.messages[-1]['content']} -> {response} [{episode.score:.2f}]")
+            asked = episode.prompt.messages[-1]["content"]
+            log(f"  {asked} -> {response} [{episode.score:.2f}]")
+            samples.append({"prompt": asked, "response": response, "score": episode.score})
+        return samples
 
     def _consult(self, update: int, figures: dict[str, float]) -> list[Finding]:
         """What the doctor finds; the user is told what wasn't found shortly before."""
