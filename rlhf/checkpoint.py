@@ -162,6 +162,16 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
     """Writes a tree as NAME.safetensors and NAME.json. Tensors that share their memory are written once."""
     tensors: dict[str, Tensor] = {}
     places: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+
+    def alone(whole: Tensor) -> Tensor:
+        """The tensor, copied only where it isn't the one owner of its memory, as safetensors wants it."""
+        found = whole.cpu().contiguous()
+        storage = found.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != found.numel() * found.element_size():
+            return found.clone()
+        storages.add(storage.data_ptr())
+        return found
 
     def packed(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -169,7 +179,7 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
             identity = (whole.data_ptr(), whole.dtype, tuple(whole.shape), whole.stride())
             if whole.numel() == 0 or identity not in places:
                 places[identity] = str(len(tensors))
-                tensors[places[identity]] = whole.cpu().contiguous().clone()
+                tensors[places[identity]] = alone(whole)
             return {"tensor": places[identity]}
         if isinstance(value, dict):
             return {"map": [[packed(key), packed(inner)] for key, inner in value.items()]}

@@ -214,6 +214,14 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert torch.equal(load_tree(tmp_path, "tied")["b"], weight)
 
 
+def test_parts_of_one_memory_are_each_written(tmp_path: Path) -> None:
+    whole = torch.arange(12.0)
+    tree = {"first": whole[:4], "second": whole[4:], "turned": whole.view(3, 4).T, "whole": whole, "again": whole}
+    save_tree(tree, tmp_path, "parts")
+    found = load_tree(tmp_path, "parts")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tree.items())
+
+
 def test_what_is_no_plain_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="can't hold a PosixPath"):
         save_tree({"path": tmp_path}, tmp_path, "bad")
