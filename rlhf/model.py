@@ -326,6 +326,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise UserError(f"{directory}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,} embeddings")
 
 
+def accelerator_bytes(device: torch.device, share: float) -> int:
+    """A share of a GPU's memory; 0 for any other device."""
+    return int(torch.cuda.get_device_properties(device).total_memory * share) if device.type == "cuda" else 0
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -488,7 +488,10 @@ class PpoSection(Section):
     minibatches: int = Field(4, ge=1, description="optimiser steps of one epoch")
     microbatch_size: int | None = Field(None, ge=1, description="episodes of one forward pass at most")
     microbatch_tokens: int | None = Field(
-        None, ge=1, description="tokens of one forward pass at most; default: what half a GiB of activations holds"
+        None,
+        ge=1,
+        description="tokens of one forward pass at most; default: those of about 256 MiB of activations, on a GPU of a "
+        "sixteenth of its memory",
     )
     sampling: Sampling = Field(description="how responses are drawn; the policy learns as the distribution drawn from")
     learning_rate: float = Field(gt=0, le=100, description="of the policy, Adam")

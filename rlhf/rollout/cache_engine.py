@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rlhf.model import accelerator_bytes
 from rlhf.rollout.base import BaseEngine
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.modes import evaluating, without_inference_tensors
@@ -30,7 +31,7 @@ class CacheEngine(BaseEngine):
     def _fill(self, transcript: Transcript, prompts: Sequence[list[int]]) -> None:
         with without_inference_tensors(self._model), evaluating(self._model), torch.inference_mode():
             columns = max(map(len, prompts), default=0) + self._drawing.max_tokens
-            bytes_ = cache_bytes(self._model.device)
+            bytes_ = accelerator_bytes(self._model.device, CACHE_SHARE) or CACHE_BYTES
             decoder = Decoder(self._model, min(self._batch_size, len(prompts)), columns, bytes_)
             batch = _Batch(decoder, prompts, transcript, min(PREFILL_TOKENS, bytes_ // 4 // decoder.token_bytes))
             while batch.going:
@@ -38,13 +39,6 @@ class CacheEngine(BaseEngine):
                 batch.advance()
                 if self._progress and transcript.over > before:
                     self._progress(transcript.over)
-
-
-def cache_bytes(device: torch.device) -> int:
-    """How much memory the keys and values of all rows may take."""
-    if device.type != "cuda":
-        return CACHE_BYTES
-    return int(torch.cuda.get_device_properties(device).total_memory * CACHE_SHARE)
 
 
 class _Batch:

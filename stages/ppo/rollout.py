@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.model import accelerator_bytes
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing, Response, build_engine, uniforms
 from rlhf.team import Team
@@ -16,7 +17,8 @@ from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary, microba
 from stages.ppo.gold import gold_rewards
 from stages.ppo.roles import Actors, Roles
 
-ACTIVATIONS = 2**29  # bytes
+ACTIVATIONS = 2**28  # bytes of a microbatch; on an accelerator:
+ACTIVATIONS_SHARE = 1 / 16  # of its memory
 
 
 class Budget(NamedTuple):
@@ -27,11 +29,12 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, settings: PpoSection, model: PreTrainedModel) -> "Budget":
-        """The recipe's; or else tokens whose activations take about half a GiB, by a rough count of a Transformer's."""
+        """The recipe's; or else as many tokens as have about those ACTIVATIONS in a Transformer."""
         config = model.config.get_text_config()
         width, layers = config.hidden_size, config.num_hidden_layers
         inner = getattr(config, "intermediate_size", None) or 4 * width
-        fitting = max(256, ACTIVATIONS // (4 * layers * (12 * width + 4 * inner)))
+        most = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
+        fitting = max(256, most // (4 * layers * (12 * width + 4 * inner)))
         return cls(settings.microbatch_tokens or fitting, settings.microbatch_size or settings.episodes_per_update)
 
 
