@@ -39,6 +39,7 @@ LIBRARIES = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of our recipe")
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--policy", type=Path)
@@ -163,6 +164,7 @@ def ours(args: argparse.Namespace, folder: Path, layout: str) -> dict[str, Any]:
     file = folder / "bench.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = [sys.executable, "-m", "rlhf", "run", "all", "--recipe", str(file), "--runs-dir", str(folder), "--fresh"]
+    command += args.overrides
     done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment(args), text=True)
     if done.returncode:
         sys.exit((done.stdout + done.stderr)[-3000:])
