@@ -495,7 +495,12 @@ class PpoSection(Section):
     )
     sampling: Sampling = Field(description="how responses are drawn; the policy learns as the distribution drawn from")
     learning_rate: float = Field(gt=0, le=100, description="of the policy, Adam")
-    critic_learning_rate: float | None = Field(None, gt=0, le=100, description="of the critic; default: the policy's")
+    critic_learning_rate: float | None = Field(
+        None, gt=0, le=100, description="of the critic; default: 5 times the policy's"
+    )
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="of both learning rates: falling from update to update, towards 0 after the last; or not"
+    )
     critic_from: Literal["reward", "policy"] | None = Field(
         None, description="the weights that the critic starts from; default: the reward model where it fits"
     )
@@ -507,7 +512,11 @@ class PpoSection(Section):
         None, gt=1, description="bound of the ratio where the advantage is negative (Ye et al. 2020, arXiv:1912.09729)"
     )
     clip_value: float = Field(0.2, gt=0, description="largest move of a value in one update, in score units")
-    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    value_coefficient: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the value loss; default: 0.5, in layout shared, where it moves the policy's trunk, 0.01",
+    )
     entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus, per nat")
     stop_kl: float | None = Field(
         None, gt=0, description="nats a token: an update ends once the policy is so far from the one that drew"

@@ -67,6 +67,7 @@ def settings(**more: Any) -> PpoSection:
         "sampling": {"max_tokens": 6, "temperature": 0.7},
         "learning_rate": 1e-2,
         "kl": {"coefficient": 0.3},
+        "value_coefficient": 0.5,
         **more,
     }
     return PpoSection.model_validate(values)
@@ -233,7 +234,7 @@ def naive_gradient(learner: Learner, responses: list[Response], minibatch: list[
     flat = np.concatenate([e["advantages"] for e in every])
     mean, deviation = flat.mean(), np.sqrt(flat.var() + 1e-8)
     tokens = sum(every[i]["n"] for i in minibatch)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss, value_coefficient = torch.zeros((), dtype=torch.float64), s.value_coefficient or 0.0
     for i in minibatch:
         e, response = every[i], responses[i]
         rows = (logits_of(actors, e["ids"]) / s.sampling.temperature).log_softmax(-1)
@@ -250,7 +251,7 @@ def naive_gradient(learner: Learner, responses: list[Response], minibatch: list[
             near = e["values"][t] + (new_values[place] - e["values"][t]).clamp(-s.clip_value, s.clip_value)
             worse = torch.max((new_values[place] - target) ** 2, (near - target) ** 2)
             entropy = -(rows[place].exp() * rows[place]).sum()
-            loss = loss - gain + s.value_coefficient * 0.5 * worse - s.entropy_coefficient * entropy
+            loss = loss - gain + value_coefficient * 0.5 * worse - s.entropy_coefficient * entropy
             if s.kl.placement == "loss":
                 loss = loss + s.kl.coefficient * 0.5 * (logprob - e["other"][t]) ** 2  # k2
     (loss / tokens).backward()
@@ -425,3 +426,22 @@ def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     nothing: Any = None  # it is refused before anything is loaded
     with pytest.raises(UserError, match="pad and end token must be different"):
         build_roles(recipe, nothing, Start(str(tmp_path), False), tokenizer, torch.device("cpu"))
+
+
+def test_learning_rates_fall_linearly_and_the_critic_learns_faster() -> None:
+    found = []
+    for section in (settings(updates=4), settings(updates=4, schedule="constant", critic_learning_rate=3e-2)):
+        learner = make_learner(section)
+        learner.rate_scale = 0.5
+        rates = []
+        for number in range(4):
+            learner._set_rates(number)
+            rates.append([learner._optimizers[who].param_groups[0]["lr"] for who in ("policy", "critic")])
+        found.append(rates)
+    assert found[0] == [[pytest.approx(5e-3 * s), pytest.approx(2.5e-2 * s)] for s in (1, 0.75, 0.5, 0.25)]
+    assert found[1] == [[5e-3, 1.5e-2]] * 4
+
+
+@pytest.mark.parametrize(("layout", "expected"), [("full", 0.5), ("shared", 0.01)])
+def test_on_a_shared_trunk_the_value_loss_counts_less(layout: str, expected: float) -> None:
+    assert make_learner(settings(layout=layout, value_coefficient=None))._value_coefficient == expected

@@ -22,6 +22,8 @@ from stages.ppo.roles import Outputs, Pass, Who
 from stages.ppo.rollout import Rollout, Setup
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
+CRITIC_RATE = 5.0  # times the policy's, by default
+VALUE_COEFFICIENT, ON_A_SHARED_TRUNK = 0.5, 0.01  # by default
 
 Texts = Callable[[int], Tensor]  # the rows of pretraining text, ids [n, L + 1], of an optimiser step
 
@@ -51,8 +53,15 @@ class Learner:
     ) -> None:
         self._setup, self._team, self._settings, self._actors = setup, setup.team, setup.settings, setup.roles.actors
         self._rollout, self._prompts, self._accelerator, self._texts = rollout, prompts, setup.accelerator, texts
-        rate = setup.settings.learning_rate
-        self._rates: dict[Who, float] = {"policy": rate, "critic": setup.settings.critic_learning_rate or rate}
+        s = setup.settings
+        self._rates: dict[Who, float] = {
+            "policy": s.learning_rate,
+            "critic": s.critic_learning_rate or CRITIC_RATE * s.learning_rate,
+        }
+        self.rate_scale = 1.0  # the doctor's
+        self._value_coefficient = s.value_coefficient
+        if s.value_coefficient is None:
+            self._value_coefficient = ON_A_SHARED_TRUNK if s.layout == "shared" else VALUE_COEFFICIENT
         self._passes = [self._prepared(each) for each in setup.roles.actors.passes()]
         self.kl_coefficient = setup.settings.kl.coefficient
         self._scores = maths.RunningMoments()
@@ -94,11 +103,14 @@ class Learner:
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
 
-    def scale_rates(self, scale: float) -> None:
-        """The learning rates are the recipe's times this from now on."""
+    def _set_rates(self, number: int) -> float:
+        """The learning rates of this update; the policy's."""
+        s = self._settings
+        share = self.rate_scale * (1 - number / s.updates if s.schedule == "linear" else 1)
         for who, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self._rates[who] * scale
+                group["lr"] = self._rates[who] * share
+        return self._rates["policy"] * share
 
     def weights(self) -> nn.Module:
         """All that is trained, for ranks to compare."""
@@ -114,6 +126,7 @@ class Learner:
         episodes = self._rollout.episodes(chosen, seed, number, number * len(chosen))
         rolled = time.monotonic()
         trajectory, figures = self._evaluate(episodes)
+        figures["learning_rate"] = self._set_rates(number)
         figures |= self._optimise(trajectory, number)
         self._adapt(figures["kl"], len(episodes))
         gold = [episode.gold for episode in episodes if episode.gold is not None]
@@ -336,7 +349,7 @@ class Learner:
                 }
         if outputs.values is not None:
             value = maths.value_loss(outputs.values, rows.values, rows.returns, rows.mask, s.clip_value)
-            found["loss"] = found["loss"] + s.value_coefficient * value.total
+            found["loss"] = found["loss"] + self._value_coefficient * value.total
             found |= {"value_loss": value.total.detach() / counted, "value_clip_fraction": value.clipped}
         return found
 

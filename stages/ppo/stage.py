@@ -198,7 +198,7 @@ class Stage:
 
     def _apply_back_offs(self, times: int) -> None:
         self.back_offs = times
-        self.learner.scale_rates(0.5**times)
+        self.learner.rate_scale = 0.5**times
 
 
 SHOWN_FIGURES = {
