@@ -4,14 +4,23 @@ Adapters are added to a loaded model, trained, saved as a plain PEFT directory, 
 transformers model, which loads without PEFT.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -149,6 +158,23 @@ def merged_in_place(model: PreTrainedModel, name: str) -> PreTrainedModel:
             parent, _, own = where.rpartition(".")
             setattr(model.get_submodule(parent), own, module.get_base_layer())
     return model.requires_grad_(True)
+
+
+def save_named_adapter(
+    model: PreTrainedModel, name: str, base: str, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str
+) -> None:
+    """Writes one of the adapters that were put into a model as `save_adapter` does; `base` names what it stands on."""
+    config = copy.copy(model.peft_config[name])
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base, TaskType.CAUSAL_LM, True
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(str(folder))
+        named = {f"base_model.model.{where}": weight.cpu().contiguous() for where, weight in weights.items()}
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(folder)
+
+    write_folder(directory, write, card)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
@@ -222,6 +224,46 @@ def test_adapters_stand_on_one_base_with_the_reward_model(finished_chain: Path, 
     assert all(torch.allclose(saved[name], before[name], atol=1e-5) for name in saved)
 
 
+def test_the_adapter_beside_the_model_gives_it(finished_chain: Path, tmp_path: Path) -> None:
+    run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
+    more = ("ppo.layout=adapters", "ppo.learning_rate=0.01", "ppo.keep.rule=last")
+    rlhf("run", "ppo", "--recipe", str(TINY_RECIPE), *more, cwd=tmp_path)
+    plain, base = (AutoModelForCausalLM.from_pretrained(run / f"{stage}/model") for stage in ("ppo", "sft"))
+    ids = torch.arange(20).unsqueeze(0)
+    before = base(input_ids=ids).logits.detach()
+    model = PeftModel.from_pretrained(base, run / "ppo/adapter")
+    expected = plain(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    summary = json.loads((run / "ppo/summary.json").read_text())
+    assert summary["parameters"] == sum(p.numel() for p in plain.parameters())
+    assert summary["parameters_trained"] == sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
+
+
+def test_a_second_judge_chooses_and_restricted_sampling_does_not_drift(finished_chain: Path, tmp_path: Path) -> None:
+    run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
+    (tmp_path / "count.py").write_text(
+        "def short(conversations):\n    return [-float(len(each['response'])) for each in conversations]\n"
+    )
+    rlhf(
+        *("run", "ppo", "--recipe", str(TINY_RECIPE), f"data.root={tmp_path}"),
+        "ppo.second_judge=[{python: 'count.py:short'}]",
+        "ppo.sampling={max_tokens: 16, top_k: 20, top_p: 0.9, min_tokens: 3, temperature: 0.8, stop: [' is']}",
+        "ppo.validate_every=1",
+        "ppo.samples_every=1",
+        cwd=tmp_path,
+    )
+    summary = json.loads((run / "ppo/summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
+    assert summary["kept_by"] == "second_judge"
+    points = {line["update"]: line["validation_second"] for line in lines}
+    assert points[summary["kept_update"]] == max(points.values())
+    assert summary["second_judge_before"] < 0
+    assert all(line["drift"] < 1e-5 for line in lines[1:])
+    assert all(line["judge/reward"] == pytest.approx(line["score"]) for line in lines[1:])  # the second isn't in it
+    assert not any(" is" in sample["response"] for line in lines[1:] for sample in line["samples"])
+
+
 def test_a_judge_that_says_one_thing_stops_a_run_whose_doctor_may(finished_chain: Path, tmp_path: Path) -> None:
     with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
     (tmp_path / "one.py").write_text("def one(conversations):\n    return [1.0 for _ in conversations]\n")
@@ -257,4 +299,5 @@ def test_two_processes_do_what_one_does(finished_chain: Path, tmp_path: Path, la
         assert one.pop("findings", []) == two.pop("findings", [])
         for name in one.keys() - {"time", "drift"}:
             if not name.endswith(("_seconds", "_per_second")):
-                assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+                counted = name.endswith("clip_fraction")  # a token at the edge may be counted or not
+                assert two[name] == pytest.approx(one[name], rel=1e-5, abs=0.01 if counted else 1e-6), name

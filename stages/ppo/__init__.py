@@ -19,15 +19,17 @@ from typing import Any
 
 from rlhf.functional.intervals import mean_estimate
 from rlhf.job import Job
-from rlhf.model import count_parameters, model_card, save_model
+from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
 from rlhf.runtime import log
 from rlhf.saver import once
 from stages.common import card_facts
+from stages.lora import save_named_adapter
 from stages.ppo.course import best_of_n_points, write_course
 from stages.ppo.episodes import Prompt
 from stages.ppo.gold import best_gold
 from stages.ppo.keep import rule_of
 from stages.ppo.measure import Measured
+from stages.ppo.roles import POLICY
 from stages.ppo.stage import Stage
 
 
@@ -42,8 +44,13 @@ def run(job: Job) -> dict[str, Any]:
     after = stage.test.measure()
     log(f"ppo: after update {kept.update}, which is kept: {after.line()}")
     s = stage.settings
+    trained = sum(parameter.numel() for parameter in stage.roles.actors.policy_parameters())
+    if s.layout == "adapters" and job.team.is_main:
+        _save_adapter(stage)
+    policy = stage.roles.actors.plain_policy()
     summary = {
-        "parameters": count_parameters(stage.roles.actors.policy),
+        "parameters": count_parameters(policy),
+        "parameters_trained": trained,
         "layout": s.layout,
         "updates": s.updates,
         "episodes": s.updates * s.episodes_per_update,
@@ -62,8 +69,21 @@ def run(job: Job) -> dict[str, Any]:
         card_facts(summary, "parameters", "updates", "score_before", "score_after", "kl", "gold_before", "gold_after"),
     )
     if job.team.is_main:
-        save_model(stage.roles.actors.plain_policy(), stage.vocabulary.tokenizer, job.directory.model, card)
+        save_model(policy, stage.vocabulary.tokenizer, job.directory.model, card)
     return summary
+
+
+def _save_adapter(stage: Stage) -> None:
+    """Writes the policy's adapter to ppo/adapter."""
+    job = stage.job
+    card = model_card(
+        f"{job.recipe.name}: aligned chat model (PPO), adapter",
+        f"Low-rank adapters for {stage.start.name}; ../model is that model with them merged.",
+        {},
+        ADAPTER_LOADS,
+    )
+    policy, tokenizer = stage.roles.actors.policy, stage.vocabulary.tokenizer
+    save_named_adapter(policy, POLICY, stage.start.name, tokenizer, job.directory.path / "adapter", card)
 
 
 def _figures(before: Measured, after: Measured) -> dict[str, Any]:

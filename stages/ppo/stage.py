@@ -35,7 +35,7 @@ class Stage:
         self.job, self.settings = job, recipe.ppo
         s = self.settings
         accelerator = make_accelerator()
-        start = starting_model(recipe, job.run, "ppo")
+        self.start = start = starting_model(recipe, job.run, "ppo")
         tokenizer = start.tokenizer()
         self.roles = build_roles(recipe, job.run, start, tokenizer, accelerator.device)
         policy = self.roles.actors.policy
