@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kl", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:

@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--layouts", default="full")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def found(args: argparse.Namespace, layout: str, fault: Fault) -> dict[str, int]:
