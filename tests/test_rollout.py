@@ -179,6 +179,18 @@ def test_a_model_with_other_states_than_keys_and_values_is_run_by_generate(
         build(hybrid, drawing, "cache")
 
 
+def test_it_draws_under_autocast(model: PreTrainedModel, build: Build) -> None:
+    drawing = Drawing(12)
+    engine = build(model, drawing, "cache", batch_size=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = engine.generate(PROMPTS, uniforms(3, 5, range(len(PROMPTS)), 12))
+        for prompt, response in zip(PROMPTS, found, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1 : -1].float()
+            expected = logits.log_softmax(-1)[range(len(response.ids)), response.ids]
+            torch.testing.assert_close(torch.tensor(response.logprobs), expected, atol=0.15, rtol=0)
+
+
 # What is drawn beside a response changes nothing
 
 

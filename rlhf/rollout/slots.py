@@ -67,7 +67,9 @@ class SlotCache(Cache):
 
     def _written(self, stored: Tensor, states: Tensor) -> Tensor:
         size = states.shape[3]
-        stored.view(-1, size).index_copy_(0, self._places[states.shape[1]], states.reshape(-1, size))
+        # under autocast keys and values may be of different precision, and the prefilled ones of the higher of the two
+        lines = states.reshape(-1, size).to(stored.dtype)
+        stored.view(-1, size).index_copy_(0, self._places[states.shape[1]], lines)
         return stored[: self._rows, :, : self._width]
 
     def _grow(self, columns: int) -> None:
