@@ -31,6 +31,7 @@ from tests.equal_runs import differences
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 TRAINING = ("pretrain", "sft", "reward", "ppo")
+PARTS = ("kills", "damage", "ranks", "disk")
 RECIPE = ROOT / "tests" / "tiny.yaml"
 # enough steps for a kill to fall among them, and checkpoints close together
 OVERRIDES = (
@@ -374,7 +375,7 @@ def say(row: Row) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["kills", "damage", "ranks", "disk"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--kills", type=int, default=7, help="of each stage, with one and with two processes")
     parser.add_argument("--damage", type=int, default=1, help="tries of each kind of damage")
