@@ -442,13 +442,17 @@ class KeepSection(Section):
 
 
 class DoctorSection(Section):
-    """What is looked for while PPO learns, and what is done then."""
+    """What is looked for while PPO learns, and what is done then. An interrupted run goes on under changed orders."""
 
     action: Literal["warn", "stop", "back_off"] = Field(
-        "warn", description="back_off: the last good checkpoint is restored and the learning rates are halved"
+        "warn",
+        description="back_off: the last good checkpoint is restored and the learning rates are halved",
+        json_schema_extra=_NO_RESULT,
     )
-    off: tuple[str, ...] = Field((), description="names of findings that are not looked for")
-    most_back_offs: int = Field(3, ge=1, description="after so many it stops")
+    off: tuple[str, ...] = Field(
+        (), description="names of findings that are not looked for", json_schema_extra=_NO_RESULT
+    )
+    most_back_offs: int = Field(3, ge=1, description="after so many it stops", json_schema_extra=_NO_RESULT)
 
 
 class PpoSection(Section):
@@ -540,6 +544,8 @@ class PpoSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> PpoSection:
+        if self.critic_warmup >= self.updates:
+            raise ValueError(f"critic_warmup {self.critic_warmup} leaves none of {self.updates} updates to the policy")
         if self.episodes_per_update % self.minibatches:
             raise ValueError(
                 f"episodes_per_update {self.episodes_per_update} is not a multiple of minibatches {self.minibatches}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from rlhf.errors import RecipeError
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
 from stages.ppo.course import best_of_points
@@ -38,10 +39,10 @@ def test_microbatches_hold_every_row_once_within_the_budget(ranks: int) -> None:
 # Which policy is kept
 
 COURSE = [
-    Point(0, 0.0, 0.1, 0.2, 0.9, 10.0),
-    Point(5, 1.0, 0.5, 0.9, 0.1, 10.0),
-    Point(10, 2.0, 0.8, 0.9, 0.2, 10.0),
-    Point(15, 4.0, 1.5, 0.3, 0.3, 10.0),
+    Point(0, 0.0, 9.9, 0.2, 0.9, 10.0, 0.1),  # a score that not ending costs most of
+    Point(5, 1.0, 0.5, 0.9, 0.1, 10.0, 0.5),
+    Point(10, 2.0, 0.8, 0.9, 0.2, 10.0, 0.8),
+    Point(15, 4.0, 1.5, 0.3, 0.3, 10.0, 1.5),
 ]
 
 
@@ -92,7 +93,7 @@ def test_the_weights_that_are_kept_are_those_of_the_best_point(tmp_path: Path) -
         nn.init.constant_(actors.critic.weight, float(update))
         if update == 3:  # from here on a run goes on at update 3 at the earliest
             (checkpoints / "step-3").mkdir(parents=True)
-        assert keeper.add(Point(update, 0.0, score, None, None, 1.0)) == (update in (0, 1, 2, 4))
+        assert keeper.add(Point(update, 0.0, score, None, None, 1.0, score)) == (update in (0, 1, 2, 4))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "update-2.safetensors",
         "update-4.safetensors",
@@ -103,6 +104,19 @@ def test_the_weights_that_are_kept_are_those_of_the_best_point(tmp_path: Path) -
     assert again.restore().update == 4
     assert actors.policy.weight[0, 0].item() == 4.0
     assert actors.critic.weight[0, 0].item() == 5.0  # the critic isn't kept
+
+
+def test_the_model_that_ppo_began_with_can_be_kept(finished_chain: Path, tmp_path: Path) -> None:
+    run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
+    for layout in ("full", "adapters"):
+        more = (f"ppo.layout={layout}", "ppo.learning_rate=0.05", "ppo.keep={rule: last, kl_budget: 1e-9}")
+        said = rlhf("run", "ppo", "--recipe", str(TINY_RECIPE), *more, cwd=tmp_path)
+        assert "what is kept is the model that PPO began with" in said
+        summary = json.loads((run / "ppo/summary.json").read_text())
+        assert summary["kept_update"] == 0
+        assert summary["score_after"] == summary["score_before"]
+        before, after = (load_file(run / f"{stage}/model/model.safetensors") for stage in ("sft", "ppo"))
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_best_of_n_takes_the_best_by_score_and_tells_its_gold() -> None:
@@ -179,6 +193,11 @@ def test_it_names_what_is_wrong(name: str, course: list[dict[str, float]]) -> No
     assert set(found) == {name}
     assert found[name][-1] == len(course)
     assert findings_of(course, off=(name,)) == {}
+
+
+def test_what_is_switched_off_must_exist() -> None:
+    with pytest.raises(RecipeError, match=r"no finding 'entropy_colapses'.*did you mean entropy_collapses"):
+        Doctor(("entropy_colapses",))
 
 
 def test_it_goes_on_from_its_state() -> None:

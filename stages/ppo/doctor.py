@@ -5,8 +5,11 @@ find is no matter of taste.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from statistics import median
 from typing import Any, NamedTuple
+
+from rlhf.errors import RecipeError
 
 Figures = Mapping[str, float]
 History = Sequence[Figures]  # of the updates so far, the newest last; what a sign looks at is in KNOWN
@@ -178,6 +181,12 @@ class Doctor:
     """Looks at the figures of each update."""
 
     def __init__(self, off: Sequence[str] = ()) -> None:
+        names = [sign.name for sign in SIGNS]
+        for name in off:
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise RecipeError(f"ppo.doctor.off: there is no finding {name!r}, only {', '.join(names)}{hint}")
         self._off = frozenset(off)
         self._history: list[dict[str, float]] = []
         self.found: dict[str, list[int]] = {}  # in which updates each finding was made

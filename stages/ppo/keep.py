@@ -21,12 +21,13 @@ class Point(NamedTuple):
     second: float | None
     gold: float | None
     response_tokens: float
+    net_score: float  # less what not ending costs
 
     @classmethod
     def of(cls, update: int, found: Measured) -> "Point":
         """The means of a measurement."""
         second, gold = found.second.mean if found.second else None, found.gold.mean if found.gold else None
-        return cls(update, found.kl.mean, found.score.mean, second, gold, found.response_tokens.mean)
+        return cls(update, found.kl.mean, found.score.mean, second, gold, found.response_tokens.mean, found.net_score)
 
 
 def rule_of(settings: PpoSection) -> str:
@@ -43,7 +44,7 @@ def choose(points: Sequence[Point], rule: str, kl_budget: float | None) -> Point
     within = [point for point in points if kl_budget is None or point.update == 0 or point.kl <= kl_budget]
     if rule == "last":
         return within[-1]
-    figures = [point.second if rule == "second_judge" else point.score for point in within]
+    figures = [point.second if rule == "second_judge" else point.net_score for point in within]
     best = max(figure for figure in figures if figure is not None)
     return within[figures.index(best)]
 
@@ -51,8 +52,8 @@ def choose(points: Sequence[Point], rule: str, kl_budget: float | None) -> Point
 class Keeper:
     """The points so far, and the weights of the policy that is kept if nothing better comes.
 
-    Weights lie in ppo/kept, one file for each policy that was the best when it was measured. A file goes once no
-    checkpoint is left from which its policy could still be the best.
+    Weights lie in ppo/kept: of the best policy so far, and of the one that was the best at each checkpoint, so that a
+    run that goes on from there finds it.
     """
 
     def __init__(self, settings: PpoSection, actors: Actors, folder: Path, checkpoints: Path, *, writes: bool) -> None:
@@ -77,7 +78,7 @@ class Keeper:
         """Notes a measurement; whether it is the best one so far, whose weights are then written."""
         self.points.append(point)
         best = self.kept == point
-        if best and point.update and self._writes:
+        if best and self._writes:
             self._folder.mkdir(exist_ok=True)
             path = self._path(point.update)
             save_file(self._policy(), path.with_suffix(".partial"))
@@ -88,8 +89,6 @@ class Keeper:
     def restore(self) -> Point:
         """Gives the policy the weights that are kept."""
         point = self.kept
-        if point.update == 0:
-            return point
         if point.update != self.points[-1].update:
             with torch.no_grad():
                 for name, weight in load_file(self._path(point.update)).items():
@@ -109,10 +108,8 @@ class Keeper:
         return self._folder / f"update-{update}.safetensors"
 
     def _prune(self) -> None:
-        oldest = min(
-            (int(path.name[5:]) for path in self._checkpoints.glob("step-*") if path.name[5:].isdigit()), default=0
-        )
-        kept = sorted(int(path.stem.partition("-")[2]) for path in self._folder.glob("update-*.safetensors"))
-        before = [update for update in kept if update <= oldest]
-        for update in before[:-1]:
+        checkpoints = [int(path.name[5:]) for path in self._checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        kept = [int(path.stem.partition("-")[2]) for path in self._folder.glob("update-*.safetensors")]
+        needed = {max(kept), *(max((u for u in kept if u <= step), default=-1) for step in checkpoints)}
+        for update in set(kept) - needed:
             self._path(update).unlink()

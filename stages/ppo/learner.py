@@ -19,7 +19,7 @@ from rlhf.rollout import Response
 from rlhf.runtime import derive_seed
 from stages.ppo.episodes import Episode, Prompt, Trajectory, microbatches_of, pack_episodes
 from stages.ppo.roles import Outputs, Pass, Who
-from stages.ppo.rollout import Rollout, Setup
+from stages.ppo.rollout import Rollout, Setup, priced
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 CRITIC_RATE = 5.0  # times the policy's, by default
@@ -207,10 +207,7 @@ class Learner:
             found = [score / deviation for score in found]
         if s.score.clip is not None:
             found = [min(max(score, -s.score.clip), s.score.clip) for score in found]
-        for place, episode in enumerate(episodes):
-            if not episode.response.ended:
-                found[place] = found[place] - s.no_end_penalty if s.no_end_score is None else s.no_end_score
-        return found
+        return [priced(s, score, episode.response.ended) for score, episode in zip(found, episodes, strict=True)]
 
     def _adapt(self, kl: float, episodes: int) -> None:
         """Moves the KL coefficient towards the target, where there is one."""

@@ -1,6 +1,7 @@
 """How a policy does on prompts that it doesn't learn on: score, second judge, KL, length, gold where it is known."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from rlhf.functional.intervals import Estimate, mean_estimate
 from rlhf.judge import mean_figures
 from rlhf.runtime import derive_seed
 from stages.ppo.episodes import Episode, Prompt
-from stages.ppo.rollout import Rollout, Setup
+from stages.ppo.rollout import Rollout, Setup, priced
 
 
 class Measured(NamedTuple):
@@ -22,6 +23,7 @@ class Measured(NamedTuple):
     response_tokens: Estimate
     ended: Estimate
     gold: Estimate | None
+    net_score: float  # less what not ending costs
 
     def line(self) -> str:
         """For the terminal."""
@@ -51,7 +53,7 @@ class Examiner:
     """Measures the policy, always on the same prompts with the same draws."""
 
     def __init__(self, setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], purpose: str) -> None:
-        self._rollout, self._prompts = rollout, list(prompts)
+        self._rollout, self._prompts, self._settings = rollout, list(prompts), setup.settings
         self._seed = derive_seed(setup.seed, "ppo", purpose)
 
     def measure(self) -> Measured:
@@ -67,6 +69,7 @@ class Examiner:
             mean_estimate([float(len(episode.response.ids)) for episode in episodes]),
             mean_estimate([float(episode.response.ended) for episode in episodes]),
             mean_estimate(gold) if gold else None,
+            fmean(priced(self._settings, episode.score, episode.response.ended) for episode in episodes),
         )
 
     def draw(self, round_number: int = 0) -> list[Episode]:

@@ -120,6 +120,13 @@ def observed(setup: Setup, prompts: list[Prompt], responses: list[Response]) -> 
     return [episode for episode in found if episode is not None]
 
 
+def priced(settings: PpoSection, score: float, ended: bool) -> float:
+    """A score less what not ending costs; or what is given in its place."""
+    if ended:
+        return score
+    return score - settings.no_end_penalty if settings.no_end_score is None else settings.no_end_score
+
+
 @torch.inference_mode()
 def _values(actors: Actors, rows: Trajectory) -> Tensor:
     return actors.values(rows)
