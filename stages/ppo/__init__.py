@@ -44,9 +44,7 @@ def run(job: Job) -> dict[str, Any]:
     after = stage.test.measure()
     log(f"ppo: after update {kept.update}, which is kept: {after.line()}")
     if kept.update == 0:
-        log(
-            f"ppo: by rule {rule_of(stage.settings)} no update was better: what is kept is the model that PPO began with"
-        )
+        log(f"ppo: no update was better by {rule_of(stage.settings)}: what is kept is the model that PPO began with")
     s = stage.settings
     trained = sum(parameter.numel() for parameter in stage.roles.actors.policy_parameters())
     if s.layout == "adapters" and job.team.is_main:
