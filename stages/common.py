@@ -135,13 +135,13 @@ def fitting(
     """
     room = context_of(model) - max_tokens
     fit = [prompt for prompt in prompts if length(prompt) <= room]
-    if len(fit) < len(prompts):
-        log(
-            f"{what}: {len(prompts) - len(fit)} of {len(prompts)} prompts have more than {room} tokens and are left out"
-        )
     if not fit:
         raise DataError(
             f"{what}: no prompt leaves room for a response of {max_tokens} tokens in a context of {context_of(model)}"
+        )
+    if len(fit) < len(prompts):
+        log(
+            f"{what}: {len(prompts) - len(fit)} of {len(prompts)} prompts have more than {room} tokens and are left out"
         )
     return fit
 
