@@ -5,6 +5,7 @@ Each function writes one PNG; none needs a display.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -85,16 +86,32 @@ def plot_differences(path: Path, differences: Sequence[float], title: str) -> No
     figure.savefig(path)
 
 
-def plot_course(path: Path, courses: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
+class Mark(NamedTuple):
+    """A point of a curve over KL."""
+
+    kl: float  # nats; an estimate below 0 is drawn at 0
+    value: float
+    label: str  # beside the point
+
+
+def plot_course(
+    path: Path, courses: Mapping[str, Mapping[str, Sequence[Mark]]], title: str, kl_budget: float | None = None
+) -> None:
     """Curves over the square root of KL: one panel for each unit ("score", "gold"), in it each named way of optimising
-    as points (KL in nats, value) in order."""
+    as points in order. The budget, in nats, is a line."""
     figure = Figure(figsize=(4.5 * len(courses), 4.2), layout="constrained")
     panels = figure.subplots(1, len(courses), squeeze=False)[0]
     for place, (unit, ways) in zip(panels, courses.items(), strict=True):
         for number, (name, points) in enumerate(ways.items()):
             style = ("o-", "s--", "^:", "D-.")[number % 4]
-            roots = [max(kl, 0.0) ** 0.5 for kl, _ in points]
-            place.plot(roots, [value for _, value in points], style, label=_shown(name), markersize=4)
+            roots = [max(point.kl, 0.0) ** 0.5 for point in points]
+            place.plot(roots, [point.value for point in points], style, label=_shown(name), markersize=4)
+            for root, point in zip(roots, points, strict=True):
+                place.annotate(
+                    point.label, (root, point.value), xytext=(4, -10), textcoords="offset points", fontsize=8
+                )
+        if kl_budget is not None:
+            place.axvline(kl_budget**0.5, color="grey", linestyle=":", linewidth=1, label="KL budget")
         place.set(xlabel="square root of KL to the reference, nats per response", ylabel=unit)
         place.grid(alpha=0.3)
         place.legend()

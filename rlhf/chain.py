@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
         return State("missing")
     for name in upstream(recipe, stage):
         if run.stage(name).summary() is None:
-            return State("stale", f"the stage {name} that it stands on is gone")
+            return State("stale", f"the stage {name} that it stands on is {run.stage(name).presence}")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
     # what an older version didn't know, and is as if nobody had asked for it, is as it was then
     new = _at_default(recipe, stage) - set(was) if was else set()
@@ -304,6 +305,7 @@ def take_back(plan: Plan) -> None:
     shutil.rmtree(plan.directory.path)
     if plan.aside:
         plan.aside.rename(plan.directory.path)
+        log(f"{plan.directory.name}: nothing was redone; {plan.aside.name} is {plan.directory.name} again")
 
 
 def prepare(
@@ -400,6 +402,8 @@ def _check_model_directory(key: str, name: str, *, judge: bool | None) -> None:
             raise UserError(f"{key}: {path} is {', '.join(map(str, kinds))}, not {wanted}")
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MissingInput(f"{key}: no directory {path}")
+    elif judge and get_close_matches(name, ["reward"]):
+        raise UserError(f"{key}: no directory {path}; did you mean reward, the judge of this run's reward stage?")
 
 
 def check_upstream(recipe: Recipe, stage: StageName, run: RunDir, again: Callable[[str], str]) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -391,7 +392,10 @@ class KlSection(Section):
         "reward", description="part of each token's reward, or a term of the loss (k2 or k3)"
     )
     target: float | None = Field(
-        None, gt=0, description="nats an episode: the coefficient adapts until the KL is this (Ziegler et al. 2019)"
+        None,
+        gt=0,
+        description="nats an episode: the coefficient adapts until the KL is this (Ziegler et al. 2019); each update "
+        "times 1 + e * episodes / horizon, where e = KL / target - 1, cut to within 0.2",
     )
     horizon: int = Field(10_000, ge=1, description="episodes over which the coefficient adapts, with `target`")
 
@@ -476,7 +480,7 @@ class PpoSection(Section):
         description="full: four models; shared: policy and critic on one trunk; adapters: policy, critic and a reward "
         "model trained with lora are adapters on one frozen base",
     )
-    lora: LoraSection = Field(default=LoraSection(), description="the adapters of layout `adapters`")
+    lora: LoraSection = Field(default=LoraSection(), description="the adapters of layout `adapters`; no others use it")
     engine: Literal["auto", "cache", "generate"] = Field(
         "auto", description="what draws responses: our loop over the KV cache, or transformers.generate"
     )
@@ -486,7 +490,11 @@ class PpoSection(Section):
         description="responses drawn at a time at most; fewer where a KV cache of half a GiB, or a quarter of an "
         "accelerator's memory, holds no more",
     )
-    updates: int = Field(ge=1, description="rollout and optimisation, this many times")
+    updates: int = Field(
+        ge=1,
+        description="rollout and optimisation, this many times; the schedule depends on it, so another number begins "
+        "the stage anew",
+    )
     episodes_per_update: int = Field(ge=1, description="prompts with a response in one update, over all processes")
     epochs: int = Field(2, ge=1, description="passes over an update's episodes")
     minibatches: int = Field(4, ge=1, description="optimiser steps of one epoch")
@@ -764,7 +772,18 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{where}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
+        raise RecipeError(f"{where}:\n" + "\n".join(f"  {_explain(e)}" for e in _causes(error.errors()))) from None
+
+
+def _causes(errors: Sequence[Any]) -> list[Any]:
+    """The errors less those that only follow: a list whose one item is wrong is not empty besides."""
+    places = [error["loc"] for error in errors]
+
+    def follows(error: Any) -> bool:
+        here = error["loc"]
+        return error["type"] == "too_short" and any(len(p) > len(here) and p[: len(here)] == here for p in places)
+
+    return [error for error in errors if not follows(error)]
 
 
 def shipped_recipes() -> list[Path]:
@@ -902,6 +921,8 @@ def _explain(error: Any) -> str:
         return f"{key}: missing, and it has no default"
     if error["type"] == "value_error":
         return f"{key}: {message}" if location else message
+    if error["type"] == "tuple_type":
+        message = "must be a list"
     given = error.get("input")
     shown = repr(given) if not isinstance(given, dict | list) else f"a {type(given).__name__}"
     return f"{key}: {message[0].lower() + message[1:]} (given: {shown[:80]})" + _nearest_choice(given, error)

@@ -139,6 +139,23 @@ class StageDir:
         return self.path / "summary.json"
 
     @property
+    def presence(self) -> str:
+        """How far it is there."""
+        return "complete" if self.summary() else "not complete" if self.path.exists() else "gone"
+
+    @property
+    def failure_file(self) -> Path:
+        """Why the stage ended without finishing, the last time that it ran; not there where it didn't."""
+        return self.path / "failure.txt"
+
+    def failure(self) -> str:
+        """What the failure file says; empty where there is none."""
+        try:
+            return self.failure_file.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+    @property
     def manifest_file(self) -> Path:
         """What went in, and the digest of what came out."""
         return self.path / "manifest.json"

@@ -44,6 +44,7 @@ def print_status(run_dir: Path) -> None:
             line += f"{format_seconds(summary.get('seconds') or 0):>8}  {_figures(stage, summary)}"
         elif state.name == "interrupted":
             line += f"{_last_line(directory)}"
+            line += f"\n    it ended: {directory.failure()}" if name == "interrupted" and directory.failure() else ""
         print(visible(line) + visible(f"  ({state.why})" if state.name == "stale" else ""))
 
 

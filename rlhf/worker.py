@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare, take_back
@@ -17,7 +17,7 @@ from rlhf.errors import Interrupted, RlhfError, StageFailed, UserError
 from rlhf.job import Job
 from rlhf.launch import TRAINING, threads_of
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
-from rlhf.rundir import RunDir, no_room
+from rlhf.rundir import RunDir, no_room, write_atomically
 from rlhf.runtime import (
     Interrupts,
     Meter,
@@ -120,7 +120,10 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
     if team.size > 1:
         watch = PeerWatch(run.stage(stage).path / "ranks", team)
         watch.start()
+    failure = run.stage(stage).failure_file
     try:
+        if team.is_main:
+            failure.unlink(missing_ok=True)
         alone = stage not in TRAINING
         if not alone or team.is_main:
             job = Job(recipe, run, stage, Team() if alone else team, None if alone else watch, meter, interrupts)
@@ -130,6 +133,9 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
             watch.end()
         return 0
     except RlhfError as error:
+        if isinstance(error, StageFailed) and team.is_main:
+            with suppress(OSError):
+                write_atomically(failure, f"{error}\n")
         return _say(error)
     except KeyboardInterrupt:
         return Interrupted.exit_code

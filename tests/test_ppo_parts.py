@@ -14,12 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf.errors import RecipeError
+from rlhf.functional.intervals import mean_estimate
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
 from stages.ppo.course import best_of_points
 from stages.ppo.doctor import KNOWN, Doctor
 from stages.ppo.episodes import Episode, Prompt, microbatches_of
 from stages.ppo.keep import Keeper, Point, choose
+from stages.ppo.measure import Measured
 from tests.conftest import TINY_RECIPE, rlhf
 
 
@@ -39,10 +41,10 @@ def test_microbatches_hold_every_row_once_within_the_budget(ranks: int) -> None:
 # Which policy is kept
 
 COURSE = [
-    Point(0, 0.0, 9.9, 0.2, 0.9, 10.0, 0.1),  # a score that not ending costs most of
-    Point(5, 1.0, 0.5, 0.9, 0.1, 10.0, 0.5),
-    Point(10, 2.0, 0.8, 0.9, 0.2, 10.0, 0.8),
-    Point(15, 4.0, 1.5, 0.3, 0.3, 10.0, 1.5),
+    Point(0, 0.0, 9.9, 0.2, 0.9, 10.0, 0.1, 1.0),  # a score that not ending costs most of
+    Point(5, 1.0, 0.5, 0.9, 0.1, 10.0, 0.5, 1.0),
+    Point(10, 2.0, 0.8, 0.9, 0.2, 10.0, 0.8, 1.0),
+    Point(15, 4.0, 1.5, 0.3, 0.3, 10.0, 1.5, 1.0),
 ]
 
 
@@ -93,7 +95,7 @@ def test_the_weights_that_are_kept_are_those_of_the_best_point(tmp_path: Path) -
         nn.init.constant_(actors.critic.weight, float(update))
         if update == 3:  # from here on a run goes on at update 3 at the earliest
             (checkpoints / "step-3").mkdir(parents=True)
-        assert keeper.add(Point(update, 0.0, score, None, None, 1.0, score)) == (update in (0, 1, 2, 4))
+        assert keeper.add(Point(update, 0.0, score, None, None, 1.0, score, 1.0)) == (update in (0, 1, 2, 4))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "update-2.safetensors",
         "update-4.safetensors",
@@ -126,6 +128,24 @@ def test_best_of_n_takes_the_best_by_score_and_tells_its_gold() -> None:
     points = best_of_points([[episode(1.0, 0.0), episode(0.0, 1.0)], [episode(5.0, 0.5), episode(7.0, 0.3)]])
     assert [(point.n, point.score, point.gold) for point in points] == [(1, 3.25, 0.45), (2, 4.0, 0.15)]
     assert best_of_points([[episode(1.0, None), episode(0.0, None)]])[0].gold is None
+    judged = best_of_points([[episode(1.0, None), episode(0.0, None)]], [[3.0, 9.0]])
+    assert [(point.second, point.gold) for point in judged] == [(6.0, None), (3.0, None)]
+
+
+def test_what_was_gained_is_told_prompt_by_prompt() -> None:
+    def measured(scores: list[float]) -> Measured:
+        estimate = mean_estimate(scores)
+        each: dict[str, list[float]] = {"score": scores, "second": [], "gold": []}
+        return Measured(estimate, {}, None, estimate, estimate, estimate, None, estimate.mean, each)
+
+    before, after = measured([-9.0, 0.0, 9.0]), measured([-8.5, 1.0, 10.5])
+    gain = after.gain_over(before, "score")
+    # differences 0.5, 1, 1.5: standard deviation 0.5, its mean's error 0.5 / sqrt(3) = 0.288675
+    assert gain is not None
+    assert gain == pytest.approx((1.0, 1 - 1.959964 * 0.288675, 1 + 1.959964 * 0.288675), abs=1e-5)
+    assert after.score.low < before.score.high  # the two intervals overlap widely
+    assert after.gain_over(before, "gold") is None
+    assert Measured.from_facts(json.loads(json.dumps(after.facts()))) == after
 
 
 # The doctor
@@ -279,6 +299,9 @@ def test_a_second_judge_chooses_and_restricted_sampling_does_not_drift(finished_
     assert points[summary["kept_update"]] == max(points.values())
     assert summary["second_judge_before"] < 0
     assert all(line["drift"] < 1e-5 for line in lines[1:])
+    assert summary["course"]["best_of_n"][0]["n"] == 1
+    assert summary["course"]["best_of_n"][0]["second"] < 0  # the judge that counts words
+    assert summary["second_judge_gain_ci95"][0] <= summary["second_judge_gain"] <= summary["second_judge_gain_ci95"][1]
     assert all(line["judge/reward"] == pytest.approx(line["score"]) for line in lines[1:])  # the second isn't in it
     assert not any(" is" in sample["response"] for line in lines[1:] for sample in line["samples"])
 
@@ -291,10 +314,32 @@ def test_a_judge_that_says_one_thing_stops_a_run_whose_doctor_may(finished_chain
     said = rlhf("run", "ppo", *common, "ppo.doctor.action=stop", cwd=tmp_path, code=1)
     assert "ppo: stopped after update 1: " in said
     assert "judge_is_constant: the scores of an update have a standard deviation of 0" in said
+    assert "The same command goes on from the last checkpoint and meets this again; other orders for the doctor" in said
+    shown = rlhf("status", "runs/tiny", cwd=tmp_path)
+    assert "it ended: ppo: stopped after update 1: " in shown
+    assert "evaluate   missing" in shown
     said = rlhf("run", "ppo", *common, "ppo.doctor.action=warn", cwd=tmp_path)
     assert "judge_is_constant" in said
     summary = json.loads((tmp_path / "runs/tiny/ppo/summary.json").read_text())
     assert summary["findings"]["judge_is_constant"] == [1, 2]
+    assert not (tmp_path / "runs/tiny/ppo/failure.txt").exists()
+
+
+def test_backing_off_leaves_a_record_of_each_time(finished_chain: Path, tmp_path: Path) -> None:
+    run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
+    common = ("run", "ppo", "--recipe", str(TINY_RECIPE), "ppo.learning_rate=0.3")
+    said = rlhf(*common, "ppo.doctor={action: back_off, most_back_offs: 1}", cwd=tmp_path, code=1)
+    assert "ppo: backed off 1 times, and again after update 1: steps_too_large: " in said
+    (record,) = json.loads((run / "ppo/back_offs.json").read_text())["back_offs"]
+    assert (record["update"], record["back_to"], record["learning_rates_times"]) == (1, 0, 0.5)
+    assert record["finding"] == "steps_too_large"
+    assert "nats a token" in record["evidence"] or "clipped" in record["evidence"]
+    rlhf(*common, "ppo.doctor={action: back_off, most_back_offs: 20}", cwd=tmp_path)
+    summary = json.loads((run / "ppo/summary.json").read_text())
+    assert summary["back_offs"][0] == record
+    assert len(summary["back_offs"]) > 1
+    rates = [json.loads(line).get("learning_rate") for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
+    assert rates[1] == pytest.approx(0.3 * summary["back_offs"][-1]["learning_rates_times"])
 
 
 @pytest.mark.parametrize("layout", ["full", "shared", "adapters"])

@@ -63,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
         **_gold_figures(before, after, stage.test_prompts),
         "findings": stage.doctor.found,
         "back_offs": stage.back_offs,
-        "course": write_course(job, stage.keeper.points, yardstick, kept),
+        "course": write_course(job, stage.keeper.points, yardstick, kept, s.keep.kl_budget),
     }
     card = model_card(
         f"{job.recipe.name}: aligned chat model (PPO)",
@@ -92,9 +92,11 @@ def _figures(before: Measured, after: Measured) -> dict[str, Any]:
     second = {}
     if before.second and after.second:
         second = {**before.second.as_keys("second_judge_before", 4), **after.second.as_keys("second_judge_after", 4)}
+        second |= _gain(before, after, "second", "second_judge")
     return {
         **before.score.as_keys("score_before", 4),
         **after.score.as_keys("score_after", 4),
+        **_gain(before, after, "score", "score"),
         **second,
         "judge_before": {name: round(value, 4) for name, value in before.judged.items()},
         "judge_after": {name: round(value, 4) for name, value in after.judged.items()},
@@ -104,6 +106,11 @@ def _figures(before: Measured, after: Measured) -> dict[str, Any]:
     }
 
 
+def _gain(before: Measured, after: Measured, what: str, name: str) -> dict[str, Any]:
+    gain = after.gain_over(before, what)
+    return gain.as_keys(f"{name}_gain", 4) if gain else {}
+
+
 def _gold_figures(before: Measured, after: Measured, test: list[Prompt]) -> dict[str, Any]:
     if before.gold is None or after.gold is None:
         return {}
@@ -111,5 +118,6 @@ def _gold_figures(before: Measured, after: Measured, test: list[Prompt]) -> dict
     return {
         **before.gold.as_keys("gold_before", 4),
         **after.gold.as_keys("gold_after", 4),
+        **_gain(before, after, "gold", "gold"),
         "gold_best": round(best, 4),
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from evaluation.plots import plot_course
+from evaluation.plots import Mark, plot_course
 from rlhf.functional.best_of_n import best_of_n_kl, best_of_n_mean
 from rlhf.job import Job
 from rlhf.runtime import Bar
@@ -24,6 +24,7 @@ class BestOf(NamedTuple):
     n: int
     kl: float  # nats
     score: float
+    second: float | None
     gold: float | None
 
 
@@ -33,54 +34,64 @@ def best_of_n_points(job: Job, examiner: Examiner, most: int) -> list[BestOf]:
         return []
 
     def make(_: Any) -> dict[str, Any]:
-        rounds = []
+        rounds, seconds = [], []
         with Bar(f"ppo: best of {most}", most) as bar:
             for number in range(most):
-                rounds.append(examiner.draw(1 + number))
+                rounds.append(examiner.draw(number))
+                seconds.append(examiner.second_scores(rounds[-1]))
                 bar.show(number + 1)
-        return {"points": [list(point) for point in best_of_points(list(zip(*rounds, strict=True)))]}
+        found = best_of_points(list(zip(*rounds, strict=True)), list(zip(*seconds, strict=True)))
+        return {"points": [list(point) for point in found]}
 
     return [BestOf(*values) for values in once(job, "best-of", make).facts["points"]]
 
 
-def best_of_points(drawn: Sequence[Sequence[Episode]]) -> list[BestOf]:
-    """From so many responses to each prompt."""
+def best_of_points(drawn: Sequence[Sequence[Episode]], seconds: Sequence[Sequence[float]] = ()) -> list[BestOf]:
+    """From so many responses to each prompt, and what the second judge says of each, where there is one."""
     most = len(drawn[0])
+    scores = [[episode.score for episode in episodes] for episodes in drawn]
+    known = [[episode.gold for episode in episodes if episode.gold is not None] for episodes in drawn]
+    golds = known if all(len(gold) == most for gold in known) else []
     points = []
     for n in (2**power for power in range(most.bit_length()) if 2**power <= most):
-        scores, golds = [], []
-        for episodes in drawn:
-            found = [episode.score for episode in episodes]
-            gold = [episode.gold for episode in episodes if episode.gold is not None]
-            scores.append(best_of_n_mean(found, found, n))
-            if len(gold) == most:
-                golds.append(best_of_n_mean(found, gold, n))
-        points.append(BestOf(n, best_of_n_kl(n), fmean(scores), fmean(golds) if golds else None))
+
+        def best(values: Sequence[Sequence[float]], n: int = n) -> float | None:
+            """The mean of `values` over prompts, of the responses with the best score of n."""
+            pairs = zip(scores, values, strict=True) if values else ()
+            found = [best_of_n_mean(score, value, n) for score, value in pairs]
+            return fmean(found) if found else None
+
+        points.append(BestOf(n, best_of_n_kl(n), best(scores) or 0.0, best(seconds), best(golds)))
     return points
 
 
-def write_course(job: Job, points: Sequence[Point], yardstick: Sequence[BestOf], kept: Point) -> dict[str, Any]:
+def write_course(
+    job: Job, points: Sequence[Point], yardstick: Sequence[BestOf], kept: Point, kl_budget: float | None
+) -> dict[str, Any]:
     """The curve as a picture, ppo/plots/course.png; and as figures for the summary."""
     if job.team.is_main:
         folder = job.directory.path / "plots"
         folder.mkdir(exist_ok=True)
-        panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        panels: dict[str, dict[str, list[Mark]]] = {}
         for unit in ("score", "second", "gold"):
-            ways = {"PPO": points, "best of n": yardstick}
-            found = {name: _curve(way, unit) for name, way in ways.items()}
+            found = {
+                "PPO": _curve(points, unit, ["kept" if point == kept else "" for point in points]),
+                "best of n": _curve(yardstick, unit, [str(point.n) for point in yardstick]),
+            }
             if found["PPO"]:
                 ways_known = {name: curve for name, curve in found.items() if curve}
                 panels["second judge" if unit == "second" else unit] = ways_known
-        plot_course(folder / "course.png", panels, f"on validation prompts; update {kept.update} is kept")
+        title = f"on validation prompts; update {kept.update} is kept"
+        plot_course(folder / "course.png", panels, title, kl_budget)
     return {
         "ppo": [_rounded(point._asdict()) for point in points],
         "best_of_n": [_rounded(point._asdict()) for point in yardstick],
     }
 
 
-def _curve(points: Sequence[Any], unit: str) -> list[tuple[float, float]]:
-    values = [(point.kl, getattr(point, unit, None)) for point in points]
-    return [(kl, value) for kl, value in values if value is not None]
+def _curve(points: Sequence[Any], unit: str, labels: Sequence[str]) -> list[Mark]:
+    values = [(point.kl, getattr(point, unit), label) for point, label in zip(points, labels, strict=True)]
+    return [Mark(kl, value, label) for kl, value, label in values if value is not None]
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,22 @@ class Point(NamedTuple):
     gold: float | None
     response_tokens: float
     net_score: float  # less what not ending costs
+    ended: float  # the share of the responses that end by themselves
 
     @classmethod
     def of(cls, update: int, found: Measured) -> "Point":
         """The means of a measurement."""
         second, gold = found.second.mean if found.second else None, found.gold.mean if found.gold else None
-        return cls(update, found.kl.mean, found.score.mean, second, gold, found.response_tokens.mean, found.net_score)
+        return cls(
+            update,
+            found.kl.mean,
+            found.score.mean,
+            second,
+            gold,
+            found.response_tokens.mean,
+            found.net_score,
+            found.ended.mean,
+        )
 
 
 def rule_of(settings: PpoSection) -> str:

@@ -103,14 +103,14 @@ class Learner:
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
 
-    def _set_rates(self, number: int) -> float:
-        """The learning rates of this update; the policy's."""
+    def _set_rates(self, number: int) -> dict[str, float]:
+        """The learning rates of this update."""
         s = self._settings
         share = self.rate_scale * (1 - number / s.updates if s.schedule == "linear" else 1)
         for who, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[who] * share
-        return self._rates["policy"] * share
+        return {"learning_rate": self._rates["policy"] * share, "critic_learning_rate": self._rates["critic"] * share}
 
     def weights(self) -> nn.Module:
         """All that is trained, for ranks to compare."""
@@ -126,7 +126,7 @@ class Learner:
         episodes = self._rollout.episodes(chosen, seed, number, number * len(chosen))
         rolled = time.monotonic()
         trajectory, figures = self._evaluate(episodes)
-        figures["learning_rate"] = self._set_rates(number)
+        figures |= self._set_rates(number)
         figures |= self._optimise(trajectory, number)
         self._adapt(figures["kl"], len(episodes))
         gold = [episode.gold for episode in episodes if episode.gold is not None]
@@ -333,8 +333,9 @@ class Learner:
             if s.entropy_coefficient:
                 found["loss"] = found["loss"] - s.entropy_coefficient * entropy.sum()
             if s.kl.placement == "loss":
-                kl = maths.kl_estimate(logprobs, rows.reference, s.kl.estimator)
-                found["loss"] = found["loss"] + self.kl_coefficient * torch.where(rows.mask, kl, 0.0).sum()
+                kl = torch.where(rows.mask, maths.kl_estimate(logprobs, rows.reference, s.kl.estimator), 0.0).sum()
+                found["loss"] = found["loss"] + self.kl_coefficient * kl
+                found["kl_loss"] = kl.detach() / counted
             with torch.no_grad():
                 moved = maths.kl_estimate(rows.logprobs, logprobs, "k3")
                 found |= {

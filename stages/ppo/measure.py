@@ -24,15 +24,25 @@ class Measured(NamedTuple):
     ended: Estimate
     gold: Estimate | None
     net_score: float  # less what not ending costs
+    each: dict[str, list[float]]  # score, second and gold of every prompt, in order
 
     def line(self) -> str:
         """For the terminal."""
         second = f", second judge {self.second.mean:.3f}" if self.second else ""
         gold = f", gold {self.gold.mean:.3f}" if self.gold else ""
+        unfinished = self.net_score != self.score.mean
+        net = f" ({self.net_score:.3f} less what not ending costs)" if unfinished else ""
         return (
-            f"score {self.score.mean:.3f}{second}{gold}, KL {self.kl.mean:.2f}, "
+            f"score {self.score.mean:.3f}{net}{second}{gold}, KL {self.kl.mean:.2f}, "
             f"{self.response_tokens.mean:.1f} tokens, {self.ended.mean:.0%} ended"
         )
+
+    def gain_over(self, before: "Measured", what: str) -> Estimate | None:
+        """How much better than before, prompt by prompt: narrower than two intervals, since prompts differ; None where
+        it isn't known.
+        """
+        pairs = list(zip(self.each[what], before.each[what], strict=True))
+        return mean_estimate([now - then for now, then in pairs]) if pairs else None
 
     def facts(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -70,11 +80,16 @@ class Examiner:
             mean_estimate([float(episode.response.ended) for episode in episodes]),
             mean_estimate(gold) if gold else None,
             fmean(priced(self._settings, episode.score, episode.response.ended) for episode in episodes),
+            {"score": [episode.score for episode in episodes], "second": second, "gold": gold},
         )
 
     def draw(self, round_number: int = 0) -> list[Episode]:
-        """A response of the policy to every prompt; other ones in another round."""
+        """A response of the policy to every prompt; other ones in another round, those of `measure` in round 0."""
         return self._rollout.episodes(self._prompts, self._seed, round_number)
+
+    def second_scores(self, episodes: Sequence[Episode]) -> list[float]:
+        """What the second judge says of them; nothing where there is none."""
+        return self._rollout.second_scores(episodes)
 
 
 def divergence(episode: Episode) -> float:

@@ -58,7 +58,8 @@ class Stage:
         self.learner = Learner(setup, rollout, prompts, self._texts())
         folder = job.directory.path
         self.keeper = Keeper(s, self.roles.actors, folder / "kept", folder / "checkpoints", writes=job.team.is_main)
-        self.doctor, self.back_offs, self._back_offs_file = Doctor(s.doctor.off), 0, folder / "back_offs.json"
+        self.doctor, self._back_offs_file = Doctor(s.doctor.off), folder / "back_offs.json"
+        self.back_offs: list[dict[str, Any]] = []  # each with its update, finding, evidence, and where it went back to
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Those to learn on, and those to measure on the way; no prompt is in both."""
@@ -75,7 +76,12 @@ class Stage:
         held = {tuple(prompt.ids) for prompt in validation}
         left = [prompt for prompt in prompts if tuple(prompt.ids) not in held]
         if not left:
-            raise DataError("ppo.prompts: every prompt is a validation prompt, so none is left to learn on")
+            raise DataError(
+                "ppo.prompts: every prompt is one of ppo.validation_prompts, so none is left to learn on"
+                if s.validation_prompts
+                else f"ppo.prompts: {len(prompts)} prompts, {len(distinct)} of them distinct, are too few to hold some "
+                "out to validate on; give more, or others as ppo.validation_prompts"
+            )
         return left, validation
 
     def _texts(self) -> Texts | None:
@@ -119,7 +125,7 @@ class Stage:
         if found:
             self.load(load_tree(found.path, "state"))
             update = found.step
-            self._apply_back_offs((read_json(self._back_offs_file) or {"times": 0})["times"])
+            self._apply_back_offs((read_json(self._back_offs_file) or {"back_offs": []})["back_offs"])
         else:
             self._back_offs_file.unlink(missing_ok=True)
             metrics.log(update=0, **self._validate(0))
@@ -175,32 +181,45 @@ class Stage:
         """Does about the findings what the recipe says; the update to go on after."""
         action = self.settings.doctor.action
         if findings and action == "stop":
-            raise StageFailed(f"ppo: stopped after update {update}: {'. '.join(map(str, findings))}")
+            raise StageFailed(f"ppo: stopped after update {update}: {'. '.join(map(str, findings))}. {AGAIN}")
         harmful = [finding for finding in findings if finding.name in SMALLER_STEPS_HELP]
         return self._back_off(update, harmful[0], saver) if harmful and action == "back_off" else update
 
     def _back_off(self, update: int, finding: Finding, saver: Saver) -> int:
         """Restores the last checkpoint, from before the finding, and halves the learning rates from there on.
 
-        How often that was done stands in a file of its own, which is written first: a run that is killed here goes on
-        as this one does.
+        That stands in a file of its own, since the checkpoint is from before: a run that is killed later goes on as
+        this one does, and one that is killed before it is written comes here again.
         """
-        times = self.back_offs + 1
-        if times > self.settings.doctor.most_back_offs:
-            raise StageFailed(f"ppo: backed off {self.back_offs} times, and again after update {update}: {finding}")
-        if self.job.team.is_main:
-            write_json(self._back_offs_file, {"times": times})
+        if len(self.back_offs) >= self.settings.doctor.most_back_offs:
+            raise StageFailed(
+                f"ppo: backed off {len(self.back_offs)} times, and again after update {update}: {finding}. {AGAIN}"
+            )
         found = saver.back()  # one is written before the first update
+        scale = 0.5 ** (len(self.back_offs) + 1)
+        record = {
+            "update": update,
+            "finding": finding.name,
+            "evidence": finding.evidence,
+            "back_to": found.step,
+            "learning_rates_times": scale,
+        }
+        if self.job.team.is_main:
+            write_json(self._back_offs_file, {"back_offs": [*self.back_offs, record]})
         self.load(load_tree(found.path, "state"))
-        self._apply_back_offs(times)
-        log(f"ppo: {finding.name}: back to update {found.step}, with {0.5**times:g} of the learning rates")
+        self._apply_back_offs([*self.back_offs, record])
+        log(f"ppo: {finding.name}: back to update {found.step}, with {scale:g} of the learning rates")
         return found.step
 
-    def _apply_back_offs(self, times: int) -> None:
-        self.back_offs = times
-        self.learner.rate_scale = 0.5**times
+    def _apply_back_offs(self, back_offs: list[dict[str, Any]]) -> None:
+        self.back_offs = back_offs
+        self.learner.rate_scale = 0.5 ** len(back_offs)
 
 
+AGAIN = (
+    "The same command goes on from the last checkpoint and meets this again; other orders for the doctor "
+    "(ppo.doctor.action=warn, ppo.doctor.off=[NAME]) let it pass, any other change begins the stage anew"
+)
 SHOWN_FIGURES = {
     "score": "score",
     "KL": "kl",
