@@ -4,15 +4,18 @@
     scripts/bench_ppo --peer-python PYTHON --peer trl_ppo_peer.py --random 60 --response 256 --updates 3 --rounds 1
     scripts/bench_ppo --random 500 --shape qwen3 --response 512 --layouts full,shared,adapters --updates 3 --rounds 1
 
-PYTHON has trl 1.12.0 installed; the peer script runs its PPOTrainer and ends with a line of JSON; without them ours is
-run alone. DIR are a chat model and a reward model with one tokenizer (a run's sft/model and reward/model). The prompts
-are those of --prompts (JSON Lines of `prompt`) or the built-in world's. --random makes models of about so many million
-parameters with random weights, as both: of Llama's shape, or of Qwen3's with its vocabulary (the third line above is
-0.5 B parameters, for a GPU, which is used in bf16 where there is one).
+PYTHON has trl 1.12.0 installed. The peer script runs its PPOTrainer: it takes the options that `theirs` gives it,
+writes the prompts with the last policy's responses to --samples, and ends with a line of JSON (samples_per_s,
+peak_rss_mib, kl_last, score_after). Without them ours is run alone. DIR are a chat model and a reward model with one
+tokenizer (a run's sft/model and reward/model). The prompts are those of --prompts (JSON Lines of `prompt`) or the
+built-in world's. --random makes models of about so many million parameters with random weights, as both: of Llama's
+shape, or of Qwen3's with its vocabulary (the third line above is 0.5 B parameters, for a GPU, which is used in bf16
+where there is one).
 
 Prints episodes a second (medians, the first update left out), how the time is divided between drawing, observing
 (judge, reference, critic) and learning, peak memory above what the libraries take, on a GPU the allocator's peak, and
-where the built-in world knows it, gold reward and KL; ours at TRL's KL, from the course of our run.
+where the built-in world knows it, gold reward and KL; seed by seed, ours at TRL's KL, from the course of our
+run ("-": it never was so far away).
 """
 
 import argparse
@@ -40,26 +43,26 @@ LIBRARIES = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of our recipe")
-    parser.add_argument("--peer-python", type=Path)
-    parser.add_argument("--peer", type=Path)
-    parser.add_argument("--policy", type=Path)
-    parser.add_argument("--reward", type=Path)
-    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--peer-python", type=Path, help="of an environment with trl 1.12.0; not given: ours alone")
+    parser.add_argument("--peer", type=Path, help="the script that runs its PPOTrainer")
+    parser.add_argument("--policy", type=Path, help="a chat model's directory, such as runs/quickstart/sft/model")
+    parser.add_argument("--reward", type=Path, help="a reward model's, such as runs/quickstart/reward/model")
+    parser.add_argument("--prompts", type=Path, help="JSON Lines of `prompt`; default: the built-in world's")
     parser.add_argument("--eval-prompts", type=Path, help="what both are measured on; default: the last of --prompts")
     parser.add_argument("--evaluated", type=int, default=128, help="of --prompts, so many last ones (default 128)")
     parser.add_argument("--random", type=int, metavar="MILLIONS")
     parser.add_argument("--shape", choices=["llama", "qwen3"], default="llama", help="of --random")
-    parser.add_argument("--layouts", default="full,shared")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--layouts", default="full,shared", help="of ours (default full,shared)")
+    parser.add_argument("--batch", type=int, default=64, help="episodes of an update (default 64)")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=4)
-    parser.add_argument("--response", type=int, default=48)
+    parser.add_argument("--response", type=int, default=48, help="tokens at most (default 48)")
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--kl", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kl", type=float, default=0.05, help="its coefficient (default 0.05)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first round; the next one has the next (default 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="each with a seed of its own (default 3)")
     return parser.parse_intermixed_args()
 
 
@@ -269,18 +272,23 @@ def main() -> None:
         layouts = args.layouts.split(",")
         peer = ["TRL"] if args.peer else []
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in (*peer, *layouts)}
-        for number in range(args.rounds):
+        for _ in range(args.rounds):
             if peer:
                 found["TRL"].append(theirs(args, folder))
             for layout in layouts:
                 found[layout].append(ours(args, folder, layout))
-            print(
-                f"round {number + 1}: " + ", ".join(f"{s} {f[-1]['episodes/s']:.1f}/s" for s, f in found.items()),
-                flush=True,
-            )
+            told = [told_of(side, rounds[-1]) for side, rounds in found.items()]
+            print(f"seed {args.seed}: {'; '.join(told)}", flush=True)
+            args.seed += 1
         pythons = {"ours": sys.executable, **({"TRL": str(args.peer_python)} if peer else {})}
         baseline = {side: libraries_mib(python, LIBRARIES[side], args) for side, python in pythons.items()}
     show(found, baseline)
+
+
+def told_of(side: str, ran: dict[str, Any]) -> str:
+    """A round's figures, on one line."""
+    gold = "" if ran["gold"] is None else f", gold {ran['gold']:.3f} at KL {ran['kl']:.2f}"
+    return f"{side} {ran['episodes/s']:.1f} episodes/s{gold}"
 
 
 def show(found: dict[str, list[dict[str, Any]]], baseline: dict[str, float]) -> None:
@@ -313,12 +321,10 @@ def show(found: dict[str, list[dict[str, Any]]], baseline: dict[str, float]) -> 
         rate = middle(side, "episodes/s") or 0.0
         memory = (middle(side, "peak_mib") or 0.0) - baseline["TRL" if side == "TRL" else "ours"]
         reference.setdefault("rate", rate), reference.setdefault("memory", memory)
-        at = []
+        at = "-"
         if "TRL" in found and side != "TRL":
-            golds = [
-                gold_at(mine["course"], their["kl"]) for mine, their in zip(found[side], found["TRL"], strict=True)
-            ]
-            at = [gold for gold in golds if gold is not None]
+            both = zip(found[side], found["TRL"], strict=True)
+            at = ", ".join(shown(gold_at(mine["course"], their["kl"])) for mine, their in both)
         table.add_row(
             side,
             shown(rate, 1),
@@ -330,7 +336,7 @@ def show(found: dict[str, list[dict[str, Any]]], baseline: dict[str, float]) -> 
             shown(middle(side, "score")),
             shown(middle(side, "kl")),
             shown(middle(side, "gold")),
-            shown(statistics.median(at) if at else None),
+            at,
         )
     Console(width=160).print(table)
 

@@ -58,11 +58,11 @@ def faults(learning_rate: float, max_tokens: int) -> list[Fault]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--layouts", default="full")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="with finished sft and reward stages; only read")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for every fault")
+    parser.add_argument("--recipe", default="quickstart", help="that RUN_DIR was made with (default quickstart)")
+    parser.add_argument("--updates", type=int, default=20, help="within which each is to be named (default 20)")
+    parser.add_argument("--layouts", default="full", help="full, shared, adapters, with commas between (default full)")
     return parser.parse_intermixed_args()
 
 

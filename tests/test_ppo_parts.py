@@ -18,7 +18,7 @@ from rlhf.functional.intervals import mean_estimate
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
 from stages.ppo.course import best_of_points
-from stages.ppo.doctor import KNOWN, Doctor
+from stages.ppo.doctor import KNOWN, SIGNS, Doctor
 from stages.ppo.episodes import Episode, Prompt, microbatches_of
 from stages.ppo.keep import Keeper, Point, choose
 from stages.ppo.measure import Measured
@@ -232,6 +232,16 @@ def test_it_goes_on_from_its_state() -> None:
 
 
 # In real runs
+
+
+def test_the_readme_explains_every_figure_and_every_finding(finished_chain: Path) -> None:
+    text = (TINY_RECIPE.parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = (finished_chain / "runs/tiny/ppo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    names = {name for line in lines for name in json.loads(line)} - {"update", "time", "judge/reward"}
+    assert len(names) > 30
+    for name in {*names, *(sign.name for sign in SIGNS)}:
+        short = name.removeprefix("validation") if name != "validation_kl" else name
+        assert f"`{short}`" in text, name
 
 
 def with_chain(finished_chain: Path, folder: Path, *stages: str) -> Path:
