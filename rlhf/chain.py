@@ -37,7 +37,7 @@ from rlhf.recipe import (
     result_fields,
     upstream,
 )
-from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, read_json, write_json
+from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, model_config, write_json
 from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
 
@@ -392,10 +392,7 @@ def _check_model_directory(key: str, name: str, *, judge: bool | None) -> None:
     """
     path = Path(name)
     if path.is_dir():
-        config = read_json(path / "config.json")
-        if config is None:
-            raise MissingInput(f"{key}: {path} holds no config.json, so it is no Hugging Face model directory")
-        kinds = config.get("architectures") or []
+        kinds = model_config(path, key).get("architectures") or []
         is_judge = any("SequenceClassification" in str(kind) for kind in kinds)
         if kinds and judge is not None and is_judge != judge:
             wanted = "a reward model (a sequence classifier)" if judge else "a causal LM"

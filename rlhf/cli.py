@@ -133,6 +133,7 @@ def evaluate(
     """
     from rlhf.errors import MissingInput
     from rlhf.recipe import load_recipe
+    from rlhf.rundir import model_config
 
     overrides = [word for word in model_dirs if "=" in word and not Path(word).exists()]
     directories = [Path(word) for word in model_dirs if word not in overrides]
@@ -142,8 +143,7 @@ def evaluate(
     if settings.evaluate is None:
         raise UserError(f"the recipe {recipe} has no section `evaluate`")
     for directory in directories:
-        if not (directory / "config.json").is_file():
-            raise MissingInput(f"{directory} holds no config.json, so it is no Hugging Face model directory")
+        model_config(directory)
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise MissingInput(f"--output: {output} is a directory" if output.is_dir() else f"no directory {output.parent}")
     from rlhf.runtime import print_anything
@@ -163,10 +163,9 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", help="what the draws depend on")] = 1,
 ) -> None:
     """Talks with a model. An empty line or Ctrl-D ends it."""
-    from rlhf.errors import MissingInput
+    from rlhf.rundir import model_config
 
-    if not (model_dir / "config.json").is_file():
-        raise MissingInput(f"{model_dir} holds no config.json, so it is no Hugging Face model directory")
+    model_config(model_dir)
     from rlhf.chat import chat_loop
 
     chat_loop(model_dir, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)

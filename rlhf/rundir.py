@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import MissingInput, UserError
 from rlhf.recipe import STAGES, Recipe, dump_recipe
 
 LOCK = ".lock"
@@ -86,6 +86,18 @@ def digest_folder(folder: Path) -> str:
         if path.is_file() and not path.name.startswith("."):
             whole.update(f"{path.name}\0{digest_file(path)}\n".encode())
     return whole.hexdigest()
+
+
+def model_config(directory: Path, key: str = "") -> dict[str, Any]:
+    """The config.json of a Hugging Face model directory. Raises MissingInput, which says `key`, where it is none."""
+    config = read_json(directory / "config.json")
+    if config is not None:
+        return config
+    said = f"{key}: " if key else ""
+    stage = StageDir(directory.absolute().parent)
+    if directory.name == "model" and stage.manifest() and stage.summary() is None:
+        raise MissingInput(f"{said}{directory} is not there yet: the stage {stage.name} is not complete")
+    raise MissingInput(f"{said}{directory} holds no config.json, so it is no Hugging Face model directory")
 
 
 def no_room(folder: Path, free: int | None = None, needed: int | None = None) -> str:

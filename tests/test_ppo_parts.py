@@ -328,6 +328,8 @@ def test_a_judge_that_says_one_thing_stops_a_run_whose_doctor_may(finished_chain
     shown = rlhf("status", "runs/tiny", cwd=tmp_path)
     assert "it ended: ppo: stopped after update 1: " in shown
     assert "evaluate   missing" in shown
+    said = rlhf("chat", "runs/tiny/ppo/model", cwd=tmp_path, code=2)
+    assert "runs/tiny/ppo/model is not there yet: the stage ppo is not complete" in said
     said = rlhf("run", "ppo", *common, "ppo.doctor.action=warn", cwd=tmp_path)
     assert "judge_is_constant" in said
     summary = json.loads((tmp_path / "runs/tiny/ppo/summary.json").read_text())
