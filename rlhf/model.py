@@ -279,12 +279,19 @@ def _not_loaded(directory: str | Path, error: Exception) -> MissingInput:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout to zero: with it, the same tokens have other log-probabilities in training and in rollout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    """Sets every dropout to zero: with it, the same tokens have other log-probabilities in training and in rollout.
+
+    Many models hold a rate as a number of their own, whatever it is called (`attention_dropout`, `attn_pdrop`,
+    `layerdrop`), or reads it in its configuration; a mixture of experts may shake its router (`jitter_noise`).
+    """
+    modules = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
+    for holder in (*modules, *configs.values()):
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 @torch.no_grad()
@@ -313,10 +320,14 @@ def use_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS and what the model's generation configuration adds."""
+    """The ids that end a response: the tokenizer's EOS and what the model's generation configuration adds.
+
+    An id for which the model has no row can't be drawn, and is left out.
+    """
     configured = model.generation_config.eos_token_id if getattr(model, "generation_config", None) else None
     more = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None})
+    rows = model.get_input_embeddings().num_embeddings
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *more) if token is not None and token < rows})
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:

@@ -558,6 +558,11 @@ class PpoSection(Section):
             raise ValueError(
                 f"episodes_per_update {self.episodes_per_update} is not a multiple of minibatches {self.minibatches}"
             )
+        if self.kl.target is not None and self.kl.horizon < self.episodes_per_update:
+            raise ValueError(
+                f"kl.horizon {self.kl.horizon} is less than an update's {self.episodes_per_update} episodes: the "
+                "coefficient would not adapt but jump"
+            )
         for key, judges in (("judge", self.judge), ("second_judge", self.second_judge)):
             titles = [judge.title for judge in judges]
             names = {*titles, *(f"{title}_{figure}" for title in titles for figure in ("spread", "cut"))}

@@ -49,13 +49,12 @@ class Saver:
                 "same command goes on from the one before"
             ) from None
         self._metrics.cut_back(position)
-        if before == self._team.size:
-            set_random_state(load_tree(found.path, f"random-{self._team.rank}"))
-        else:
+        if before != self._team.size:
             log(
                 f"{self._job.stage}: the checkpoint was written by {before} processes and is gone on from with "
                 f"{self._team.size}: sums are rounded in another order, so the bits of the result may differ"
             )
+        self._restore_random_state(found)
         log(f"{self._job.stage}: goes on from the checkpoint of step {found.step}")
         return found
 
@@ -65,8 +64,13 @@ class Saver:
         if found is None:
             raise StageFailed(f"{self._job.stage}: there is no whole checkpoint to go back to")
         self._metrics.cut_back(found.facts["metrics"])
-        set_random_state(load_tree(found.path, f"random-{self._team.rank}"))
+        self._restore_random_state(found)
         return found
+
+    def _restore_random_state(self, found: Checkpoint) -> None:
+        """This rank's, where the checkpoint was written by as many."""
+        if int(found.facts["processes"]) == self._team.size:
+            set_random_state(load_tree(found.path, f"random-{self._team.rank}"))
 
     @contextmanager
     def training(self) -> Iterator["Saver"]:

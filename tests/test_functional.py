@@ -220,6 +220,8 @@ def test_the_adaptive_coefficient_by_hand() -> None:
 
 def test_running_moments_equal_those_of_all_numbers_at_once() -> None:
     numbers = [1e6 + (i * 37 % 11) / 7 for i in range(50)]
+    assert ppo.RunningMoments().with_values([0.1] * 12).unit == 1.0  # whose mean is not quite 0.1
+    assert ppo.RunningMoments().with_values([1e-7, 3e-7]).unit == pytest.approx(1e-7)
     moments = ppo.RunningMoments()
     assert moments.deviation == 0.0
     for start in (0, 3, 4, 20):

@@ -346,6 +346,17 @@ def test_every_minibatch_is_an_optimiser_step_whatever_the_microbatch() -> None:
         assert len(steps) == 6
 
 
+@pytest.mark.parametrize("layout", ["full", "shared", "adapters"])
+def test_an_update_ends_where_the_policy_is_too_far_but_not_before_it_has_moved(layout: str) -> None:
+    section = settings(layout=layout, epochs=3, minibatches=2, stop_kl=1e-12)
+    learner = make_learner(section)
+    before = [parameter.detach().clone() for parameter in parameters_of(learner)]
+    figures = learner._optimise(evaluated(learner, drawn(learner), [1.0] * 6), 0)
+    assert figures["optimiser_steps"] == 2  # the second sees how far the first went
+    assert {"critic_gradient_norm", "value_loss"} <= figures.keys()
+    assert any(not torch.equal(a, b) for a, b in zip(parameters_of(learner), before, strict=True))
+
+
 def test_gradients_are_clipped() -> None:
     """TRL: max_grad_norm was ignored."""
     section = settings(gradient_clipping=1e-3, minibatches=1)
@@ -432,10 +443,9 @@ def test_learning_rates_fall_linearly_and_the_critic_learns_faster() -> None:
     found = []
     for section in (settings(updates=4), settings(updates=4, schedule="constant", critic_learning_rate=3e-2)):
         learner = make_learner(section)
-        learner.rate_scale = 0.5
         rates = []
         for number in range(4):
-            learner._set_rates(number)
+            learner._set_rates(number, 0.5)
             rates.append([learner._optimizers[who].param_groups[0]["lr"] for who in ("policy", "critic")])
         found.append(rates)
     assert found[0] == [[pytest.approx(5e-3 * s), pytest.approx(2.5e-2 * s)] for s in (1, 0.75, 0.5, 0.25)]

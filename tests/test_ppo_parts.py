@@ -11,15 +11,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.errors import RecipeError
 from rlhf.functional.intervals import mean_estimate
+from rlhf.model import disable_dropout, end_ids
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
+from rlhf.tokenizer import Messages
 from stages.ppo.course import best_of_points
 from stages.ppo.doctor import KNOWN, SIGNS, Doctor
 from stages.ppo.episodes import Episode, Prompt, microbatches_of
+from stages.ppo.gold import best_gold, gold_rewards
 from stages.ppo.keep import Keeper, Point, choose
 from stages.ppo.measure import Measured
 from tests.conftest import TINY_RECIPE, rlhf
@@ -66,6 +69,16 @@ def test_the_rule_chooses_by_judges_and_kl_alone(rule: str, budget: float | None
     assert choose(turned, rule, budget).update == expected
 
 
+SMALL_SECTION = {
+    "prompts": [{"builtin": "tinyworld"}],
+    "test_prompts": [{"builtin": "tinyworld"}],
+    "updates": 1,
+    "episodes_per_update": 4,
+    "sampling": {"max_tokens": 4},
+    "learning_rate": 1.0,
+}
+
+
 class FakeActors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -76,16 +89,7 @@ class FakeActors(nn.Module):
 
 
 def test_the_weights_that_are_kept_are_those_of_the_best_point(tmp_path: Path) -> None:
-    section = PpoSection.model_validate(
-        {
-            "prompts": [{"builtin": "tinyworld"}],
-            "test_prompts": [{"builtin": "tinyworld"}],
-            "updates": 1,
-            "episodes_per_update": 4,
-            "sampling": {"max_tokens": 4},
-            "learning_rate": 1.0,
-        }
-    )
+    section = PpoSection.model_validate(SMALL_SECTION)
     actors: Any = FakeActors()
     checkpoints = tmp_path / "checkpoints"
     keeper = Keeper(section, actors, tmp_path / "kept", checkpoints, writes=True)
@@ -108,6 +112,28 @@ def test_the_weights_that_are_kept_are_those_of_the_best_point(tmp_path: Path) -
     assert actors.critic.weight[0, 0].item() == 5.0  # the critic isn't kept
 
 
+def test_weights_of_a_course_that_was_given_up_are_not_taken_for_the_best(tmp_path: Path) -> None:
+    section = PpoSection.model_validate(SMALL_SECTION)
+    actors: Any = FakeActors()
+    (tmp_path / "checkpoints/step-0").mkdir(parents=True)
+
+    def keep(keeper: Keeper, update: int, score: float) -> None:
+        nn.init.constant_(actors.policy.weight, score)
+        keeper.add(Point(update, 0.0, score, None, None, 1.0, score, 1.0))
+
+    keeper = Keeper(section, actors, tmp_path / "kept", tmp_path / "checkpoints", writes=True)
+    keep(keeper, 0, 0.0)
+    begun = keeper.state()
+    for update, score in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        keep(keeper, update, score)
+    keeper.load(begun)  # back off
+    for update, score in ((1, 4.0), (2, 1.0)):
+        keep(keeper, update, score)
+    assert keeper.restore().update == 1
+    assert actors.policy.weight[0, 0].item() == 4.0
+    assert {path.stem for path in (tmp_path / "kept").iterdir()} == {"update-0", "update-1"}
+
+
 def test_the_model_that_ppo_began_with_can_be_kept(finished_chain: Path, tmp_path: Path) -> None:
     run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
     for layout in ("full", "adapters"):
@@ -128,6 +154,8 @@ def test_best_of_n_takes_the_best_by_score_and_tells_its_gold() -> None:
     points = best_of_points([[episode(1.0, 0.0), episode(0.0, 1.0)], [episode(5.0, 0.5), episode(7.0, 0.3)]])
     assert [(point.n, point.score, point.gold) for point in points] == [(1, 3.25, 0.45), (2, 4.0, 0.15)]
     assert best_of_points([[episode(1.0, None), episode(0.0, None)]])[0].gold is None
+    mixed = best_of_points([[episode(1.0, None), episode(0.0, None)], [episode(5.0, 0.5), episode(7.0, 0.3)]])
+    assert [point.gold for point in mixed] == [0.4, 0.3]
     judged = best_of_points([[episode(1.0, None), episode(0.0, None)]], [[3.0, 9.0]])
     assert [(point.second, point.gold) for point in judged] == [(6.0, None), (3.0, None)]
 
@@ -186,6 +214,7 @@ def test_it_is_silent_while_all_is_well() -> None:
         for i in range(20)
     ]
     course[0]["explained_variance"] = -0.4  # a critic begins so
+    course[1] |= {"score": 1e-8, "score_deviation": 1e-8}  # a judge may count in any unit
     assert findings_of(course) == {}
 
 
@@ -195,6 +224,7 @@ def test_it_is_silent_while_all_is_well() -> None:
         ("steps_too_large", [{"approximate_kl": 0.3}]),
         ("steps_too_large", [{"clip_fraction": 0.6}]),
         ("steps_too_large", [*[{}] * 5, {"policy_gradient_norm": 30.0}]),
+        ("steps_too_large", [*[{"policy_gradient_norm": 0.0}] * 5, {"policy_gradient_norm": 30.0}]),
         ("kl_runs_away", [{"kl": 40.0}]),
         ("kl_costs_nothing", [{"kl_coefficient": 0.0, "kl": 0.4 * i} for i in range(1, 7)]),
         ("kl_negative", [{"kl": -0.5}] * 3),
@@ -204,6 +234,7 @@ def test_it_is_silent_while_all_is_well() -> None:
         ("never_ends", [{"ended": 0.1}] * 2),
         ("critic_explains_nothing", [{"explained_variance": -0.2}] * 10),
         ("judge_is_constant", [{"score_deviation": 0.0}]),
+        ("judge_is_constant", [{"score": 5.0, "score_deviation": 1e-7}]),
         ("tokens_misplaced", [{"misplaced": 1.0}]),
         ("rollout_drifts", [{"drift": 0.2}]),
     ],
@@ -343,26 +374,27 @@ def test_backing_off_leaves_a_record_of_each_time(finished_chain: Path, tmp_path
     said = rlhf(*common, "ppo.doctor={action: back_off, most_back_offs: 1}", cwd=tmp_path, code=1)
     assert "ppo: backed off 1 times, and again after update 1: steps_too_large: " in said
     (record,) = json.loads((run / "ppo/back_offs.json").read_text())["back_offs"]
-    assert (record["update"], record["back_to"], record["learning_rates_times"]) == (1, 0, 0.5)
+    assert (record["update"], record["back_to"]) == (1, 0)
     assert record["finding"] == "steps_too_large"
     assert "nats a token" in record["evidence"] or "clipped" in record["evidence"]
-    rlhf(*common, "ppo.doctor={action: back_off, most_back_offs: 20}", cwd=tmp_path)
+    rlhf(*common, "ppo.doctor={action: back_off, most_back_offs: 20}", "--processes", "2", cwd=tmp_path)
     summary = json.loads((run / "ppo/summary.json").read_text())
     assert summary["back_offs"][0] == record
     assert len(summary["back_offs"]) > 1
     rates = [json.loads(line).get("learning_rate") for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
-    assert rates[1] == pytest.approx(0.3 * summary["back_offs"][-1]["learning_rates_times"])
+    assert rates[1] == pytest.approx(0.3 * 0.5 ** len(summary["back_offs"]))
 
 
 @pytest.mark.parametrize("layout", ["full", "shared", "adapters"])
 def test_two_processes_do_what_one_does(finished_chain: Path, tmp_path: Path, layout: str) -> None:
-    lines = []
+    lines, texts = [], 32 if layout == "full" else 96  # one row, or three, for two processes
     for processes in ("1", "2"):
         run = with_chain(finished_chain, tmp_path / processes, "tokenizer", "pretrain", "sft", "reward")
         more = (f"ppo.layout={layout}", "ppo.samples_every=1", "ppo.updates=1", "ppo.entropy_coefficient=0.01")
         rlhf(
             *("run", "ppo", "--recipe", str(TINY_RECIPE), "--processes", processes, *more),
-            "ppo.ptx={train: [{builtin: tinyworld, rows: 300}], sequence_length: 32, tokens_per_minibatch: 64}",
+            "ppo.ptx={train: [{builtin: tinyworld, rows: 300}], sequence_length: 32, tokens_per_minibatch: 32}",
+            f"ppo.ptx.tokens_per_minibatch={texts}",
             cwd=tmp_path / processes,
         )
         lines.append([json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()])
@@ -377,3 +409,42 @@ def test_two_processes_do_what_one_does(finished_chain: Path, tmp_path: Path, la
             if not name.endswith(("_seconds", "_per_second")):
                 counted = name.endswith("clip_fraction")  # a token at the edge may be counted or not
                 assert two[name] == pytest.approx(one[name], rel=1e-5, abs=0.01 if counted else 1e-6), name
+
+
+def test_gold_is_known_prompt_by_prompt() -> None:
+    known: Messages = [{"role": "user", "content": "What colour is the coal?"}]
+    foreign: Messages = [{"role": "user", "content": "Hello, who are you?"}]
+    found = gold_rewards([known, foreign], ["The colour of the coal is black.", "I am a model."])
+    assert found[0] is not None and found[0] > 0.5
+    assert found[1] is None
+    assert best_gold([known, foreign]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("opt", {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("xglm", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}),
+        ("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.1}),
+        ("mixtral", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "router_jitter_noise": 0.1}),
+    ],
+)  # fmt: skip
+def test_nothing_is_dropped_whatever_a_model_calls_it(kind: str, sizes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=99, initializer_range=0.3, **sizes)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(5, 17).unsqueeze(0)
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)  # it does drop
+    disable_dropout(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_an_end_token_without_a_row_is_left_out(tiny_model: Any, tokenizer: Any) -> None:
+    configured = tiny_model.generation_config.eos_token_id
+    tiny_model.generation_config.eos_token_id = [7, 50_000]
+    try:
+        assert end_ids(tiny_model, tokenizer) == sorted({7, tokenizer.eos_token_id})
+    finally:
+        tiny_model.generation_config.eos_token_id = configured

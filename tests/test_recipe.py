@@ -38,6 +38,7 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("ppo.kl={target: 6, horizon: 100}", ["kl.horizon 100 is less than an update's 128 episodes"]),
         ("ppo.kl.coeficient=0.1", ["ppo.kl.coeficient", "did you mean 'coefficient'"]),
         ("sede=3", ["sede", "did you mean 'seed'"]),
         ("sft.learning_rate=fast", ["sft.learning_rate", "number", "'fast'"]),

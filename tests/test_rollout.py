@@ -338,6 +338,21 @@ def test_training_goes_on_after_a_rollout(build: Build, kind: EngineKind) -> Non
 # What can't be done
 
 
+def test_a_model_that_makes_local_masks_of_its_own_is_run_by_generate(build: Build) -> None:
+    """GPT-Neo tells how far back a row looks from the cache's width: of rows at different places it is wrong."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4, "max_position_embeddings": 64}
+    neo = make("gpt_neo", **sizes, attention_types=[[["global", "local"], 1]], attn_implementation="eager")
+    with pytest.raises(UserError, match=r"it makes masks of its own \(window_size\)"):
+        build(neo, Drawing(4), "cache")
+    prompts = [list(range(40, 60)), [50, 60], list(range(70, 82))]
+    found = build(neo, Drawing(8), "auto").generate(prompts, uniforms(4, 0, range(3), 8))
+    for prompt, response in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = neo(torch.tensor([prompt + response.ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        expected = logits.double().log_softmax(-1)[range(len(response.ids)), response.ids]
+        assert response.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_what_no_engine_can_run_is_named(build: Build) -> None:
     sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
     t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes))

@@ -169,3 +169,8 @@ class RunningMoments(NamedTuple):
     def deviation(self) -> float:
         """The standard deviation of the population; 0 where there is none."""
         return math.sqrt(self.squares / self.n) if self.n else 0.0
+
+    @property
+    def unit(self) -> float:
+        """What to divide by: the deviation, or 1 where all are equal but for rounding."""
+        return self.deviation if self.deviation > 1e-9 * abs(self.mean) else 1.0

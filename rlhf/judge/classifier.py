@@ -9,7 +9,7 @@ from rlhf.errors import UserError
 from rlhf.functional.scores import log_odds
 from rlhf.judge.batches import TOKEN_BUDGET, Row, batched_logits
 from rlhf.judge.heads import checked_penalty, scores_of
-from rlhf.judge.protocol import Conversation, Scores, check_finite
+from rlhf.judge.protocol import Conversation, Scores, check_usable
 from rlhf.judge.texts import read_as_pair, read_through_template, shortened
 from rlhf.model import score_heads
 from rlhf.runtime import log
@@ -85,7 +85,7 @@ class ClassifierJudge:
         outputs = torch.tensor(logits, dtype=torch.float64)
         exclusive = self.model.config.problem_type in (None, "single_label_classification")
         values = (log_odds(outputs, self._label) if exclusive else outputs[:, self._label]).tolist()
-        check_finite(self._name, values)
+        check_usable(self._name, values)
         return Scores(values)
 
     def _padding_is_harmless(self, rows: Sequence[Row]) -> bool:

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from rlhf.errors import StageFailed
-from rlhf.judge.protocol import Conversation, Scores, check_finite
+from rlhf.judge.protocol import Conversation, Scores, check_usable
 
 
 class FunctionJudge:
@@ -33,7 +33,7 @@ class FunctionJudge:
         if len(answered) != len(conversations):
             raise StageFailed(f"{self._who} gave {len(answered)} scores for {len(conversations)} conversations")
         values = [self._number(answer) for answer in answered]
-        check_finite(self._who, values)
+        check_usable(self._who, values)
         return Scores(values)
 
     def _number(self, answer: Any) -> float:

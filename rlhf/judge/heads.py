@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from rlhf.errors import UserError
 from rlhf.functional.scores import score_of_heads
 from rlhf.judge.batches import Row, batched_logits
-from rlhf.judge.protocol import Conversation, Scores, check_finite
+from rlhf.judge.protocol import Conversation, Scores, check_usable
 from rlhf.model import score_heads
 
 
@@ -42,7 +42,7 @@ def scores_of(model: PreTrainedModel, logits: Sequence[Sequence[float]], penalty
     rows = torch.tensor(logits, dtype=torch.float64).reshape(-1, len(means))
     found = score_of_heads(rows, torch.tensor(means, dtype=torch.float64), penalty)
     values = found.scores.tolist()
-    check_finite(f"the reward model {model.name_or_path}", values)
+    check_usable(f"the reward model {model.name_or_path}", values)
     return Scores(values, {"spread": found.spread.tolist()} if len(means) > 1 else {})
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 from rlhf.errors import StageFailed
 from rlhf.tokenizer import Messages
 
+LARGEST = 1e15  # of a score
+
 
 class Conversation(NamedTuple):
     """A prompt with a response: as text, and as the ids that the policy really read and drew."""
@@ -67,6 +69,7 @@ class WeightedSum:
             figures[name] = found.values
             figures |= {f"{name}_{figure}": values for figure, values in found.figures.items()}
             totals = [total + weight * value for total, value in zip(totals, found.values, strict=True)]
+        check_usable("the judges' weighted sum", totals)
         return Scores(totals, figures)
 
 
@@ -75,8 +78,9 @@ def judge_models(judge: Any) -> list[tuple[str, Any]]:
     return [(part.name, part.judge.model) for part in getattr(judge, "parts", ()) if hasattr(part.judge, "model")]
 
 
-def check_finite(who: str, values: Sequence[float]) -> None:
-    """Raises StageFailed where a score is no finite number."""
+def check_usable(who: str, values: Sequence[float]) -> None:
+    """Raises StageFailed where a score is no finite number, or so large that its square is none in float32."""
     for place, value in enumerate(values):
-        if not math.isfinite(value):
-            raise StageFailed(f"{who}: score {place + 1} of {len(values)} is {value}, which is no finite number")
+        if not abs(value) <= LARGEST:
+            why = f"larger than {LARGEST:g}" if math.isfinite(value) else "no finite number"
+            raise StageFailed(f"{who}: score {place + 1} of {len(values)} is {value:g}, which is {why}")

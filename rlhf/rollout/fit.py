@@ -13,6 +13,7 @@ from rlhf.rollout.protocol import Drawing, Engine, Response
 
 ATTENTION = ("sdpa", "eager")  # the implementations that take the masks that our engine makes
 KINDS = {"full_attention", "sliding_attention"}
+OWN_WINDOWS = ("window_size", "attention_window", "attention_window_size", "local_window")  # of masks of a model's own
 PROBE = [[1, 4, 2, 5, 3], [6, 2], [4, 4, 3]]  # any vocabulary has these ids
 PROBE_ROWS = 2  # at a time, so that a prompt takes the place of another
 PROBE_DRAWING = Drawing(max_tokens=3)
@@ -32,6 +33,9 @@ def not_keys_and_values(model: PreTrainedModel) -> str | None:
         return f"it has layers of the kind {', '.join(unknown)}"
     if len({getattr(layer, "sliding_window", None) for layer in layers} - {None}) > 1:
         return "its layers have windows of different sizes"
+    own = [name for name in OWN_WINDOWS if getattr(config, name, None)]
+    if own and not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+        return f"it makes masks of its own ({own[0]})"
     if config._attn_implementation not in ATTENTION:
         return f"its attention is {config._attn_implementation}, and none of {', '.join(ATTENTION)}"
     return None

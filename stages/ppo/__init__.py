@@ -15,9 +15,9 @@ rollout (where they come from), learner (an update), measure (on prompts that ar
 stays), course (the curve), doctor (what goes wrong), gold (the known truth).
 """
 
+from statistics import fmean
 from typing import Any
 
-from rlhf.functional.intervals import mean_estimate
 from rlhf.job import Job
 from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
 from rlhf.runtime import log
@@ -44,7 +44,9 @@ def run(job: Job) -> dict[str, Any]:
     after = stage.test.measure()
     log(f"ppo: after update {kept.update}, which is kept: {after.line()}")
     if kept.update == 0:
-        log(f"ppo: no update was better by {rule_of(stage.settings)}: what is kept is the model that PPO began with")
+        last = rule_of(stage.settings) == "last"
+        why = "within keep.kl_budget" if last else f"better by {rule_of(stage.settings)}"
+        log(f"ppo: no update was {why}: what is kept is the model that PPO began with")
     s = stage.settings
     trained = sum(parameter.numel() for parameter in stage.roles.actors.policy_parameters())
     if s.layout == "adapters" and job.team.is_main:
@@ -114,7 +116,7 @@ def _gain(before: Measured, after: Measured, what: str, name: str) -> dict[str, 
 def _gold_figures(before: Measured, after: Measured, test: list[Prompt]) -> dict[str, Any]:
     if before.gold is None or after.gold is None:
         return {}
-    best = mean_estimate(best_gold([prompt.messages for prompt in test])).mean
+    best = fmean(best_gold([prompt.messages for prompt in test]))
     return {
         **before.gold.as_keys("gold_before", 4),
         **after.gold.as_keys("gold_after", 4),

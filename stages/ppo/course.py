@@ -50,18 +50,21 @@ def best_of_points(drawn: Sequence[Sequence[Episode]], seconds: Sequence[Sequenc
     """From so many responses to each prompt, and what the second judge says of each, where there is one."""
     most = len(drawn[0])
     scores = [[episode.score for episode in episodes] for episodes in drawn]
-    known = [[episode.gold for episode in episodes if episode.gold is not None] for episodes in drawn]
-    golds = known if all(len(gold) == most for gold in known) else []
+    known = [episodes for episodes in drawn if episodes[0].gold is not None]  # prompts whose truth is known
     points = []
     for n in (2**power for power in range(most.bit_length()) if 2**power <= most):
-
-        def best(values: Sequence[Sequence[float]], n: int = n) -> float | None:
-            """The mean of `values` over prompts, of the responses with the best score of n."""
-            pairs = zip(scores, values, strict=True) if values else ()
-            found = [best_of_n_mean(score, value, n) for score, value in pairs]
-            return fmean(found) if found else None
-
-        points.append(BestOf(n, best_of_n_kl(n), best(scores) or 0.0, best(seconds), best(golds)))
+        pairs = zip(scores, seconds, strict=True) if seconds else ()
+        second = [best_of_n_mean(score, value, n) for score, value in pairs]
+        gold = [best_of_n_mean([e.score for e in each], [e.gold or 0.0 for e in each], n) for each in known]
+        points.append(
+            BestOf(
+                n,
+                best_of_n_kl(n),
+                fmean(best_of_n_mean(score, score, n) for score in scores),
+                fmean(second) if second else None,
+                fmean(gold) if gold else None,
+            )
+        )
     return points
 
 

@@ -65,7 +65,7 @@ def steps_too_large(history: History) -> str | None:
     for name in ("policy_gradient_norm", "critic_gradient_norm"):
         before = [figures[name] for figures in history[:-1]]
         if len(before) >= 5 and now[name] > 20 * median(before) and now[name] > 10:
-            return f"{name.replace('_', ' ')} {now[name]:.3g}, {now[name] / median(before):.0f} times what it was"
+            return f"{name.replace('_', ' ')} {now[name]:.3g}, the median so far is {median(before):.3g}"
     return None
 
 
@@ -154,8 +154,10 @@ def critic_explains_nothing(history: History) -> str | None:
 @sign("every response is worth the same to it, so nothing can be learned: look at the judge")
 def judge_is_constant(history: History) -> str | None:
     """The judge says the same of everything."""
-    deviation = history[-1]["score_deviation"]
-    return f"the scores of an update have a standard deviation of {deviation:.2g}" if deviation < 1e-6 else None
+    now = history[-1]
+    if now["score_deviation"] > 1e-6 * abs(now["score"]):
+        return None
+    return f"the scores of an update have a standard deviation of {now['score_deviation']:.2g}"
 
 
 @sign("pad and end tokens of model and tokenizer don't fit together")

@@ -63,7 +63,7 @@ class Keeper:
     """The points so far, and the weights of the policy that is kept if nothing better comes.
 
     Weights lie in ppo/kept: of the best policy so far, and of the one that was the best at each checkpoint, so that a
-    run that goes on from there finds it.
+    run that goes on from there finds it. Others, of a course that was given up, are removed.
     """
 
     def __init__(self, settings: PpoSection, actors: Actors, folder: Path, checkpoints: Path, *, writes: bool) -> None:
@@ -118,8 +118,8 @@ class Keeper:
         return self._folder / f"update-{update}.safetensors"
 
     def _prune(self) -> None:
-        checkpoints = [int(path.name[5:]) for path in self._checkpoints.glob("step-*") if path.name[5:].isdigit()]
-        kept = [int(path.stem.partition("-")[2]) for path in self._folder.glob("update-*.safetensors")]
-        needed = {max(kept), *(max((u for u in kept if u <= step), default=-1) for step in checkpoints)}
-        for update in set(kept) - needed:
-            self._path(update).unlink()
+        steps = [int(path.name[5:]) for path in self._checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        courses = [self.points, *([point for point in self.points if point.update <= step] for step in steps)]
+        needed = {self._path(choose(course, self._rule, self._budget).update) for course in courses}
+        for path in set(self._folder.glob("update-*.safetensors")) - needed:
+            path.unlink()

@@ -19,7 +19,7 @@ from rlhf.rollout import Response
 from rlhf.runtime import derive_seed
 from stages.ppo.episodes import Episode, Prompt, Trajectory, microbatches_of, pack_episodes
 from stages.ppo.roles import Outputs, Pass, Who
-from stages.ppo.rollout import Rollout, Setup, priced
+from stages.ppo.rollout import Rollout, Setup, shaped
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 CRITIC_RATE = 5.0  # times the policy's, by default
@@ -58,7 +58,6 @@ class Learner:
             "policy": s.learning_rate,
             "critic": s.critic_learning_rate or CRITIC_RATE * s.learning_rate,
         }
-        self.rate_scale = 1.0  # the doctor's
         self._value_coefficient = s.value_coefficient
         if s.value_coefficient is None:
             self._value_coefficient = ON_A_SHARED_TRUNK if s.layout == "shared" else VALUE_COEFFICIENT
@@ -103,10 +102,10 @@ class Learner:
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
 
-    def _set_rates(self, number: int) -> dict[str, float]:
+    def _set_rates(self, number: int, scale: float) -> dict[str, float]:
         """The learning rates of this update."""
         s = self._settings
-        share = self.rate_scale * (1 - number / s.updates if s.schedule == "linear" else 1)
+        share = scale * (1 - number / s.updates if s.schedule == "linear" else 1)
         for who, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[who] * share
@@ -118,15 +117,18 @@ class Learner:
 
     # One update
 
-    def update(self, number: int) -> tuple[list[Episode], dict[str, float]]:
-        """One update; its episodes and figures. The ranks share the rollout, then every rank has all episodes."""
+    def update(self, number: int, rate_scale: float = 1.0) -> tuple[list[Episode], dict[str, float]]:
+        """One update; its episodes and figures. The ranks share the rollout, then every rank has all episodes.
+
+        `rate_scale` is what the doctor leaves of the learning rates.
+        """
         started = time.monotonic()
         chosen = self._choose_prompts(number)
         seed = derive_seed(self._setup.seed, "ppo", "rollout")
         episodes = self._rollout.episodes(chosen, seed, number, number * len(chosen))
         rolled = time.monotonic()
         trajectory, figures = self._evaluate(episodes)
-        figures |= self._set_rates(number)
+        figures |= self._set_rates(number, rate_scale)
         figures |= self._optimise(trajectory, number)
         self._adapt(figures["kl"], len(episodes))
         gold = [episode.gold for episode in episodes if episode.gold is not None]
@@ -195,19 +197,13 @@ class Learner:
         }
 
     def _shaped(self, episodes: Sequence[Episode]) -> list[float]:
-        """The judge's scores as they become rewards: scaled, cut, and for responses that don't end, what that costs.
+        """The judge's scores as they become rewards.
 
         The statistics are of what the judge says of all episodes so far, these included.
         """
-        s = self._settings
-        found = [episode.score for episode in episodes]
-        if s.score.scaling == "running":
-            self._scores = self._scores.with_values(found)
-            deviation = self._scores.deviation or 1.0
-            found = [score / deviation for score in found]
-        if s.score.clip is not None:
-            found = [min(max(score, -s.score.clip), s.score.clip) for score in found]
-        return [priced(s, score, episode.response.ended) for score, episode in zip(found, episodes, strict=True)]
+        self._scores = self._scores.with_values([episode.score for episode in episodes])
+        unit = self._scores.unit if self._settings.score.scaling == "running" else 1.0
+        return [shaped(self._settings, episode.score, unit, episode.response.ended) for episode in episodes]
 
     def _adapt(self, kl: float, episodes: int) -> None:
         """Moves the KL coefficient towards the target, where there is one."""
@@ -225,7 +221,7 @@ class Learner:
         watched: list[dict[str, float]] = []
         first = number * s.epochs * s.minibatches
         for step, minibatch in enumerate(self._minibatches(len(trajectory.ids), number)):
-            figures, far = self._step(trajectory, minibatch, number, first + step)
+            figures, far = self._step(trajectory, minibatch, number, first + step, may_stop=step > 0)
             watched.append(figures)
             if far:
                 break
@@ -234,10 +230,12 @@ class Learner:
         # before the first step the policy is the one that drew: what differs then is rounding, or a fault
         return means | {"drift": watched[0]["drift"], "optimiser_steps": float(len(watched))}
 
-    def _step(self, trajectory: Trajectory, minibatch: Tensor, number: int, step: int) -> tuple[dict[str, float], bool]:
+    def _step(
+        self, trajectory: Trajectory, minibatch: Tensor, number: int, step: int, *, may_stop: bool
+    ) -> tuple[dict[str, float], bool]:
         """Pass after pass, the minibatch's gradient and a step on it. Its figures, and whether the policy is too far.
 
-        Where it is, by `stop_kl`, nothing is moved.
+        Where it is, by `stop_kl`, nothing is moved. Not so in an update's first step: no step was made yet.
         """
         s = self._settings
         figures: dict[str, float] = {}
@@ -246,7 +244,7 @@ class Learner:
                 figures["text_loss"] = self._texts_gradient(part, self._texts(step))
             figures |= self._minibatch_gradient(part, trajectory, minibatch)
             figures |= self._clip(part, number)
-            if s.stop_kl is not None and figures["approximate_kl"] > s.stop_kl:
+            if may_stop and s.stop_kl is not None and figures["approximate_kl"] > s.stop_kl:
                 part.forget_gradients()
                 return figures, True
             for who, optimizer in part.optimizers.items():
@@ -298,18 +296,19 @@ class Learner:
     def _texts_gradient(self, part: Learning, rows: Tensor) -> float:
         """Adds the gradient of pretraining texts [n, L + 1]; their loss, nats a token (PPO-ptx, Ouyang et al. 2022).
 
-        It crosses the processes together with that of the episodes, which comes after it.
+        It crosses the processes together with that of the episodes, which comes after it. A rank that has no row reads
+        another's for nothing, since some passes of DDP's are a meeting.
         """
         tokens = rows[:, 1:].numel()
         mine = rows[self._team.rank :: self._team.size]
         total = 0.0
         assert self._settings.ptx is not None
-        weight = self._settings.ptx.coefficient * self._team.size / tokens
+        weight = self._settings.ptx.coefficient * self._team.size / tokens if len(mine) else 0.0
         with self._synchronised(part, False):
-            for texts in mine.split(max(1, self._setup.budget.tokens // rows.shape[1])):
+            for texts in (mine if len(mine) else rows[:1]).split(max(1, self._setup.budget.tokens // rows.shape[1])):
                 nats = part.model(texts=texts.to(self._accelerator.device))
                 self._accelerator.backward(nats * weight)
-                total += float(nats)
+                total += float(nats) if len(mine) else 0.0
         return self._team.add([total])[0] / tokens
 
     @contextmanager

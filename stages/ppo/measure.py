@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf.functional.intervals import Estimate, mean_estimate
+from rlhf.functional.ppo import RunningMoments
 from rlhf.judge import mean_figures
 from rlhf.runtime import derive_seed
 from stages.ppo.episodes import Episode, Prompt
-from stages.ppo.rollout import Rollout, Setup, priced
+from stages.ppo.rollout import Rollout, Setup, shaped
 
 
 class Measured(NamedTuple):
@@ -79,9 +80,18 @@ class Examiner:
             mean_estimate([float(len(episode.response.ids)) for episode in episodes]),
             mean_estimate([float(episode.response.ended) for episode in episodes]),
             mean_estimate(gold) if gold else None,
-            fmean(priced(self._settings, episode.score, episode.response.ended) for episode in episodes),
+            self._net_score(episodes),
             {"score": [episode.score for episode in episodes], "second": second, "gold": gold},
         )
+
+    def _net_score(self, episodes: Sequence[Episode]) -> float:
+        """The mean of what would become rewards, in the judge's unit: where training divides the scores by their
+        deviation, it is here that of these.
+        """
+        s = self._settings
+        moments = RunningMoments().with_values([episode.score for episode in episodes])
+        unit = moments.unit if s.score.scaling == "running" else 1.0
+        return unit * fmean(shaped(s, episode.score, unit, episode.response.ended) for episode in episodes)
 
     def draw(self, round_number: int = 0) -> list[Episode]:
         """A response of the policy to every prompt; other ones in another round, those of `measure` in round 0."""

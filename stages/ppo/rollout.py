@@ -101,8 +101,7 @@ def observed(setup: Setup, prompts: list[Prompt], responses: list[Response]) -> 
     roles, vocabulary = setup.roles, setup.vocabulary
     conversations = [vocabulary.conversation(*pair) for pair in zip(prompts, responses, strict=True)]
     scores = roles.judge.scores(conversations)
-    known = gold_rewards([prompt.messages for prompt in prompts], [found.response for found in conversations])
-    gold: Sequence[float | None] = known or [None] * len(prompts)
+    gold = gold_rewards([prompt.messages for prompt in prompts], [found.response for found in conversations])
     blank = [
         Episode(prompt, response, score, judged, truth, [], [])
         for prompt, response, score, judged, truth in zip(
@@ -120,11 +119,16 @@ def observed(setup: Setup, prompts: list[Prompt], responses: list[Response]) -> 
     return [episode for episode in found if episode is not None]
 
 
-def priced(settings: PpoSection, score: float, ended: bool) -> float:
-    """A score less what not ending costs; or what is given in its place."""
+def shaped(settings: PpoSection, score: float, unit: float, ended: bool) -> float:
+    """A judge's score as it becomes a reward: divided by the unit, cut, less what not ending costs, or what is given
+    in its place.
+    """
+    found, most = score / unit, settings.score.clip
+    if most is not None:
+        found = min(max(found, -most), most)
     if ended:
-        return score
-    return score - settings.no_end_penalty if settings.no_end_score is None else settings.no_end_score
+        return found
+    return found - settings.no_end_penalty if settings.no_end_score is None else settings.no_end_score
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from rlhf.model import end_ids
 from rlhf.rundir import read_json, write_json
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver
-from stages.common import packed_texts, starting_model
+from stages.common import check_context, packed_texts, starting_model
 from stages.ppo.doctor import SMALLER_STEPS_HELP, Doctor, Finding
 from stages.ppo.episodes import Episode, Prompt, Vocabulary, read_prompts
 from stages.ppo.keep import Keeper, Point
@@ -58,7 +58,8 @@ class Stage:
         self.learner = Learner(setup, rollout, prompts, self._texts())
         folder = job.directory.path
         self.keeper = Keeper(s, self.roles.actors, folder / "kept", folder / "checkpoints", writes=job.team.is_main)
-        self.doctor, self._back_offs_file = Doctor(s.doctor.off), folder / "back_offs.json"
+        alone = ("judge_is_constant",) if s.episodes_per_update == 1 else ()  # one score varies from none
+        self.doctor, self._back_offs_file = Doctor((*s.doctor.off, *alone)), folder / "back_offs.json"
         self.back_offs: list[dict[str, Any]] = []  # each with its update, finding, evidence, and where it went back to
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
@@ -89,6 +90,7 @@ class Stage:
         ptx = self.settings.ptx
         if ptx is None:
             return None
+        check_context(self.roles.actors.policy, "ppo.ptx.sequence_length", ptx.sequence_length)
         seed = derive_seed(self.job.recipe.seed, "ppo", "texts")
         packed, _ = packed_texts(self.job, ptx.train, self.vocabulary.tokenizer, ptx.sequence_length, seed)
         rows = ptx.tokens_per_minibatch // ptx.sequence_length
@@ -125,7 +127,7 @@ class Stage:
         if found:
             self.load(load_tree(found.path, "state"))
             update = found.step
-            self._apply_back_offs((read_json(self._back_offs_file) or {"back_offs": []})["back_offs"])
+            self.back_offs = (read_json(self._back_offs_file) or {}).get("back_offs", [])
         else:
             self._back_offs_file.unlink(missing_ok=True)
             metrics.log(update=0, **self._validate(0))
@@ -133,7 +135,7 @@ class Stage:
                 saver.save(0, self.state, self.learner.weights())
         with saver.training(), Bar("ppo", s.updates, update, lines=True) as bar:
             while update < s.updates:
-                episodes, figures = self.learner.update(update)
+                episodes, figures = self.learner.update(update, self._rate_scale(update))
                 update += 1
                 bar.show(update, **{label: figures[name] for label, name in SHOWN_FIGURES.items()})
                 measured = update % s.validate_every == 0 or update == s.updates
@@ -145,8 +147,10 @@ class Stage:
                     noted["findings"] = [finding.name for finding in findings]
                 if noted or update % s.log_every == 0:
                     metrics.log(update=update, **figures, **noted)
-                update = self._treat(update, findings, saver)
-                saver.after_step(update, s.updates, self.state, self.learner.weights())
+                to_go_on_after = self._treat(update, findings, saver)
+                if to_go_on_after == update:
+                    saver.after_step(update, s.updates, self.state, self.learner.weights())
+                update = to_go_on_after
             return saver.seconds()
 
     def _validate(self, update: int) -> dict[str, Any]:
@@ -196,24 +200,25 @@ class Stage:
                 f"ppo: backed off {len(self.back_offs)} times, and again after update {update}: {finding}. {AGAIN}"
             )
         found = saver.back()  # one is written before the first update
-        scale = 0.5 ** (len(self.back_offs) + 1)
         record = {
             "update": update,
             "finding": finding.name,
             "evidence": finding.evidence,
             "back_to": found.step,
-            "learning_rates_times": scale,
         }
         if self.job.team.is_main:
             write_json(self._back_offs_file, {"back_offs": [*self.back_offs, record]})
+        self.back_offs = [*self.back_offs, record]
         self.load(load_tree(found.path, "state"))
-        self._apply_back_offs([*self.back_offs, record])
+        scale = self._rate_scale(found.step)
         log(f"ppo: {finding.name}: back to update {found.step}, with {scale:g} of the learning rates")
         return found.step
 
-    def _apply_back_offs(self, back_offs: list[dict[str, Any]]) -> None:
-        self.back_offs = back_offs
-        self.learner.rate_scale = 0.5 ** len(back_offs)
+    def _rate_scale(self, update: int) -> float:
+        """What the back-offs leave of the learning rates behind this update: those to an earlier one or to this one
+        count, so that a run that has to go on from an older checkpoint repeats what was done.
+        """
+        return float(0.5 ** sum(record["back_to"] <= update for record in self.back_offs))
 
 
 AGAIN = (
