@@ -208,6 +208,7 @@ def test_a_second_signal_ends_a_run_at_once(finished_chain: Path, tmp_path: Path
     process = start(*arguments("pretrain"), cwd=tmp_path)
     until(lambda: workers(process), process)
     (child,) = workers(process)
+    time.sleep(0.5)  # until its parent knows it as well
     child.suspend()  # it can't answer the first one
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
