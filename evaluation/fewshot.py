@@ -1,65 +1,133 @@
-"""Few-shot accuracy: multiple choice by the log-likelihood of each choice after the demonstrations.
+"""Few-shot accuracy: multiple choice by the log-likelihood of each choice, free answers by greedy generation.
 
-The prompt of an item is the task line, a line `input -> answer` for each demonstration, and the query's `input ->`
-for the built-in world; any format is a function from (item, demonstrations) to text.
+Figures of a task at one number of demonstrations are means over its items and over several draws of demonstrations:
+which are shown, and in what order, moves a small model's accuracy by far more than its interval says (Lu et al. 2022,
+arXiv:2104.08786).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from evaluation.scoring import TOKEN_BUDGET, continuation_logprobs
-from rlhf.functional.intervals import Estimate, proportion_estimate
-from rlhf.tokenizer import begin_id, encode_texts
+from evaluation.answers import is_right, write_answers
+from evaluation.scoring import Request, Scorer
+from evaluation.tasks import Metric, Question, Task, TaskFormat
+from rlhf.functional.bootstrap import bootstrap_estimate
+from rlhf.functional.intervals import clustered_estimate
+from rlhf.tokenizer import encode_texts
 
-
-class Question(NamedTuple):
-    """One item with its demonstrations, ready to be asked."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int  # index of the right choice
-    demonstrated: tuple[str, ...]  # the demonstrations' answers
+Progress = Callable[[int], None]
+Sizes = Callable[[str], int]
+SIZES: dict[Metric, Sizes] = {"acc": lambda _: 1, "acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
-class Task(Protocol):
-    """What is asked: a name, and the questions at any number of demonstrations."""
+class Asked(NamedTuple):
+    """Questions in token ids. One that doesn't fit the context is None: it is never cut."""
+
+    questions: list[Question]
+    requests: list[list[Request] | None]  # of each question, one for each choice
 
     @property
-    def name(self) -> str:
-        """The task's name."""
-        ...
-
-    def questions(self, shots: int, n: int, seed: int) -> list[Question]:
-        """At most `n` questions with `shots` demonstrations each, the same items at every count.
-
-        Raises UserError where there are fewer demonstrations than that.
-        """
-        ...
+    def too_long(self) -> int:
+        """How many don't fit."""
+        return self.requests.count(None)
 
 
-class Accuracy(NamedTuple):
-    """How a task went at one number of demonstrations."""
+class Outcome(NamedTuple):
+    """How one question went."""
 
-    accuracy: Estimate
-    chance: float
-    copy_baseline: float | None  # None without demonstrations
-    items: int
-    too_long: int  # items that don't fit the model's context; they are not asked, and counted here
+    question: Question
+    right: Mapping[str, bool]  # by metric
+    logprobs: tuple[float, ...] = ()  # of each choice, nats
+    written: str = ""  # the free answer
 
-    def summary(self) -> dict[str, object]:
-        """As summaries write it."""
-        found: dict[str, object] = {**self.accuracy.as_keys("accuracy", 4), "chance": round(self.chance, 4)}
-        if self.copy_baseline is not None:
-            found["copy_baseline"] = round(self.copy_baseline, 4)
-        return {**found, "items": self.items, "too_long": self.too_long}
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    context: int,
+    begin: Sequence[int],
+    delimiter: str = " ",
+) -> Asked:
+    """Contexts and continuations: prompt and choice are encoded together, and cut where the prompt alone ends.
+
+    `begin` are the ids before every prompt. Nothing reads more than `context` tokens.
+    """
+    prompts = encode_texts(tokenizer, [question.prompt for question in questions])
+    wholes = iter(
+        encode_texts(tokenizer, [f"{q.prompt}{delimiter}{choice}" for q in questions for choice in q.choices])
+    )
+    requests: list[list[Request] | None] = []
+    for question, prompt in zip(questions, prompts, strict=True):
+        mine = [[*begin, *next(wholes)] for _ in question.choices]
+        first = len(begin) + len(prompt)
+        cuts = [max(1, min(first, len(whole) - 1)) for whole in mine]
+        fits = all(len(whole) - 1 <= context for whole in mine)
+        found = [Request(whole[:cut], whole[cut:]) for whole, cut in zip(mine, cuts, strict=True)]
+        requests.append(found if fits else None)
+    return Asked(list(questions), requests)
+
+
+def answer_by_likelihood(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    style: TaskFormat,
+    questions: Sequence[Question],
+    *,
+    context: int,
+    begin: Sequence[int],
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """What the model takes for right, question by question; those that don't fit the context are left out."""
+    asked = encode_questions(tokenizer, questions, context=context, begin=begin, delimiter=style.delimiter)
+    fitting = [(q, found) for q, found in zip(asked.questions, asked.requests, strict=True) if found is not None]
+    logprobs = iter(scorer.logprobs([request for _, found in fitting for request in found], progress))
+    outcomes = []
+    for question, found in fitting:
+        scores = [next(logprobs) for _ in found]
+        outcomes.append(Outcome(question, _right(question, scores), tuple(scores)))
+    return outcomes
+
+
+def answer_freely(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    style: TaskFormat,
+    questions: Sequence[Question],
+    *,
+    context: int,
+    begin: Sequence[int],
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """What the model writes, question by question; those for whose answer the context has no room are left out."""
+    prompts = [[*begin, *ids] for ids in encode_texts(tokenizer, [question.prompt for question in questions])]
+    fitting = [(q, ids) for q, ids in zip(questions, prompts, strict=True) if len(ids) + style.max_tokens <= context]
+    written = write_answers(scorer.model, tokenizer, [ids for _, ids in fitting], style, progress)
+    return [
+        Outcome(question, {"exact_match": is_right(found.text, question.target, style)}, written=found.text)
+        for (question, _), found in zip(fitting, written, strict=True)
+    ]
+
+
+def _right(question: Question, scores: Sequence[float]) -> dict[str, bool]:
+    """Whether the likeliest choice is right: as it is, by character, by byte. Of equal ones the first counts."""
+    found: dict[str, bool] = {}
+    for metric, size in SIZES.items():
+        values = [score / size(choice) for score, choice in zip(scores, question.choices, strict=True)]
+        found[metric] = values.index(max(values)) == question.answer
+    return found
+
+
+# Figures
 
 
 def chance_level(questions: Sequence[Question]) -> float:
-    """The expected accuracy of a guess among the choices."""
-    return sum(1 / len(question.choices) for question in questions) / len(questions)
+    """The expected accuracy of a guess among the choices; 0 where the answers are free."""
+    return fmean(1 / len(question.choices) if question.choices else 0.0 for question in questions)
 
 
 def copy_baseline(questions: Sequence[Question]) -> float | None:
@@ -71,47 +139,44 @@ def copy_baseline(questions: Sequence[Question]) -> float | None:
         counts = Counter(question.demonstrated)
         most = max(counts.values(), default=0)
         commonest = [answer for answer, count in counts.items() if count == most]
-        if question.choices[question.answer] in commonest:
+        wanted = question.choices[question.answer] if question.choices else question.target
+        if wanted in commonest:
             right += 1 / len(commonest)
     return right / len(questions)
 
 
-def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    *,
-    context: int,
-    budget: int = TOKEN_BUDGET,
-    progress: Callable[[int], None] | None = None,
-) -> Accuracy | None:
-    """The share of questions whose right choice is the likeliest continuation. None where no question fits."""
-    begin = begin_id(tokenizer)
-    prompts = encode_texts(tokenizer, [question.prompt for question in questions])
-    contexts: list[list[int]] = []
-    continuations: list[list[int]] = []
-    asked: list[Question] = []
-    for question, ids in zip(questions, prompts, strict=True):
-        whole = encode_texts(tokenizer, [f"{question.prompt} {choice}" for choice in question.choices])
-        if any(len(sequence) > context for sequence in whole):
-            continue
-        asked.append(question)
-        for sequence in whole:
-            cut = min(len(ids), len(sequence) - 1)
-            contexts.append([begin, *sequence[:cut]])
-            continuations.append(sequence[cut:])
-    if not asked:
-        return None
-    logprobs = continuation_logprobs(model, contexts, continuations, budget=budget, progress=progress)
-    right = place = 0
-    for question in asked:
-        scores = logprobs[place : place + len(question.choices)]
-        place += len(question.choices)
-        right += max(range(len(scores)), key=scores.__getitem__) == question.answer
-    return Accuracy(
-        proportion_estimate(right, len(asked)),
-        chance_level(asked),
-        copy_baseline(asked),
-        len(asked),
-        len(questions) - len(asked),
-    )
+def main_metric(task: Task) -> Metric:
+    """The figure that is a task's accuracy."""
+    return task.format.metric or ("exact_match" if task.free else "acc")
+
+
+def summarise(task: Task, draws: Sequence[Sequence[Outcome]], too_long: int) -> dict[str, Any]:
+    """The figures of a task at one number of demonstrations, from the outcomes of each draw, of the same items.
+
+    `accuracy` is the task's own metric. Its `_ci95` is Wilson's on the effective number of items (draws of one item
+    are one trial or more, by how far they agree), its `_bootstrap95` the percentiles of resampled items, and
+    `spread` the standard deviation over the draws.
+    """
+    metric = main_metric(task)
+    of_items: dict[int, list[Outcome]] = {}
+    for outcomes in draws:
+        for outcome in outcomes:
+            of_items.setdefault(outcome.question.item, []).append(outcome)
+    groups = [[float(outcome.right[metric]) for outcome in found] for found in of_items.values()]
+    questions = [outcome.question for outcomes in draws for outcome in outcomes]
+    by_draw = [fmean(float(outcome.right[metric]) for outcome in outcomes) for outcomes in draws]
+    bootstrapped = bootstrap_estimate([fmean(group) for group in groups])
+    found: dict[str, Any] = {
+        **clustered_estimate(groups).as_keys("accuracy", 4),
+        "accuracy_bootstrap95": [round(bootstrapped.low, 4), round(bootstrapped.high, 4)],
+        "metric": metric,
+        "chance": round(chance_level(questions), 4),
+    }
+    for name in next(iter(of_items.values()))[0].right:
+        found[name] = round(fmean(float(o.right[name]) for outcomes in draws for o in outcomes), 4)
+    copied = copy_baseline(questions)
+    if copied is not None:
+        found["copy_baseline"] = round(copied, 4)
+    if len(draws) > 1:
+        found |= {"draws": [round(share, 4) for share in by_draw], "spread": round(pstdev(by_draw), 4)}
+    return {**found, "items": len(of_items), "too_long": too_long}

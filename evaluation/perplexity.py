@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from evaluation.scoring import TOKEN_BUDGET, continuation_logprobs
+from evaluation.scoring import Request, Scorer
 from rlhf.errors import DataError, StageFailed
 from rlhf.functional.intervals import Estimate, ratio_estimate
 from rlhf.tokenizer import begin_id, encode_texts
@@ -61,29 +61,25 @@ def rolling_windows(tokens: list[int], begin: int, context: int) -> list[Window]
 
 
 def score_documents(
-    model: PreTrainedModel,
+    scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     *,
     context: int,
-    budget: int = TOKEN_BUDGET,
     progress: Callable[[int], None] | None = None,
 ) -> list[DocumentScore]:
     """Each document's score; every document begins with BOS, which is not predicted. Empty texts score zero tokens."""
     begin = begin_id(tokenizer)
-    contexts: list[list[int]] = []
-    continuations: list[list[int]] = []
+    requests: list[Request] = []
     owners: list[int] = []
     encoded = encode_texts(tokenizer, texts)
     for owner, ids in enumerate(encoded):
         for window in rolling_windows(ids, begin, context) if ids else []:
             cut = len(window.inputs) - len(window.targets) + 1
-            contexts.append(window.inputs[:cut])
-            continuations.append([*window.inputs[cut:], window.targets[-1]])
+            requests.append(Request(window.inputs[:cut], [*window.inputs[cut:], window.targets[-1]]))
             owners.append(owner)
     nats = [0.0] * len(texts)
-    logprobs = continuation_logprobs(model, contexts, continuations, budget=budget, progress=progress)
-    for owner, logprob in zip(owners, logprobs, strict=True):
+    for owner, logprob in zip(owners, scorer.logprobs(requests, progress), strict=True):
         nats[owner] -= logprob
     return [
         DocumentScore(nat, len(ids), len(text.encode())) for nat, ids, text in zip(nats, encoded, texts, strict=True)

@@ -1,22 +1,41 @@
-"""Log-probabilities of given tokens under a causal LM: what perplexity and few-shot accuracy are made of.
+"""Log-probabilities of given continuations under a causal LM: what perplexity and few-shot accuracy are made of.
 
-Sequences are sorted by length, padded on the right and batched by a budget of tokens; a causal model's real positions
-never see the padding. Legend: B rows, L positions, V vocabulary.
+What requests have in common is read once. The beginning that all contexts of a call share (a task's instruction and
+demonstrations) goes through the model alone, and its keys and values serve every row behind it; the continuations of
+one context (an item's choices) are branches of one row:
+
+    shared   The news is about   |  row 1   sport :  A   |  branch 1  war ma   (of "war machine": the last token
+                                 |                       |  branch 2  peace     is only predicted, not read)
+                                 |  row 2   art :  B     |  ...
+
+Rows are sorted by length, padded on the right and batched by a budget of tokens; logits are made where a token is
+predicted, nowhere else. Legend: B rows, L tokens of a row, P tokens of the shared beginning, N tokens to be predicted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from evaluation.branches import Branches, Row, branched_states, read_beginning, why_not
+from rlhf.likelihood import TokenReader
+
 TOKEN_BUDGET = 8192  # positions of one forward pass, padding included
+PAIRS_BUDGET = 2**23  # of a position and another that it looks at, in one forward pass with masks of our own
+LONGEST_BRANCH = 16  # tokens, behind a shorter context
+LEAST_SAVED = 64  # tokens: for less, a beginning is not read apart
 
 
-def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of like length; rows x longest length stays within the budget where one row does."""
+def length_batches(lengths: list[int], budget: int, beginning: int = 0) -> Iterator[list[int]]:
+    """Indices in batches of like length; rows x longest length stays within the budget where one row does.
+
+    Behind a `beginning` of so many tokens the pairs of positions stay within theirs as well.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        longest, rows = lengths[batch[0]] if batch else 0, len(batch) + 1
+        if batch and (rows * longest > budget or rows * longest * (beginning + longest) > PAIRS_BUDGET):
             yield batch
             batch = []
         batch.append(index)
@@ -24,47 +43,65 @@ def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
-def continuation_logprobs(
-    model: PreTrainedModel,
-    contexts: list[list[int]],
-    continuations: list[list[int]],
-    *,
-    budget: int = TOKEN_BUDGET,
-    progress: Callable[[int], None] | None = None,
-) -> list[float]:
-    """The summed log-probability, in nats (float64 sums), of each continuation after its context.
+class Request(NamedTuple):
+    """The tokens to be predicted, and those before them; at least one each."""
 
-    Requests that need the same forward pass share it: all one-token continuations of a context are read off once.
-    `contexts` and `continuations` hold at least one token each. `progress` is told how many requests are answered.
-    """
-    passes: dict[tuple[int, ...], list[int]] = {}
-    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
-        passes.setdefault((*context, *continuation[:-1]), []).append(index)
-    sequences = list(passes)
-    found = [0.0] * len(contexts)
-    answered = 0
-    pad = model.config.pad_token_id or 0
-    for batch in length_batches([len(sequence) for sequence in sequences], budget):
-        longest = len(sequences[batch[0]])
-        ids = torch.full((len(batch), longest), pad, dtype=torch.long)
-        rows, positions, targets, owners = [], [], [], []
-        for row, number in enumerate(batch):
-            sequence = sequences[number]
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            for owner in passes[sequence]:
-                first = len(contexts[owner]) - 1
-                for offset, token in enumerate(continuations[owner]):
-                    rows.append(row)
-                    positions.append(first + offset)
-                    targets.append(token)
-                    owners.append(owner)
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        wanted = logits[torch.tensor(rows), torch.tensor(positions)].float()  # [requests' tokens, V]
-        logprobs = wanted.log_softmax(-1).cpu()[torch.arange(len(rows)), torch.tensor(targets)].double()
-        for owner, value in zip(owners, logprobs.tolist(), strict=True):
-            found[owner] += value
-        answered += sum(len(passes[sequences[number]]) for number in batch)
-        if progress:
-            progress(answered)
-    return found
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Scorer:
+    """Answers requests with one model."""
+
+    def __init__(self, model: PreTrainedModel, *, budget: int = TOKEN_BUDGET, share: bool = True) -> None:
+        """`budget`: positions of one forward pass at most. Without `share` each continuation is a row of its own."""
+        self.model, self._budget, self._reader = model, budget, TokenReader(model)
+        self.why_not_shared = why_not(model, self._reader) if share else "not asked for"
+        self._shares = not self.why_not_shared
+
+    @torch.inference_mode()
+    def logprobs(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[float]:
+        """The summed log-probability, in nats, of each continuation after its context; sums are in float64.
+
+        `progress` is told how many requests are answered.
+        """
+        beginning = shared_beginning(requests) if self._shares else []
+        rows = self._rows(requests, len(beginning))
+        kept = read_beginning(self.model, self._reader, beginning) if beginning else None
+        found = [0.0] * len(requests)
+        answered = 0
+        for batch in length_batches([len(row.ids) for row in rows], self._budget, len(beginning)):
+            chosen = [rows[number] for number in batch]
+            states = branched_states(self.model, self._reader, chosen, kept)
+            places = [(row, place) for row, each in enumerate(chosen) for place in each.places]
+            targets = torch.tensor([token for each in chosen for token in each.targets], device=states.device)
+            index = torch.tensor(places, device=states.device)
+            logprobs = self._reader.logprobs(states[index[:, 0], index[:, 1]], targets).double().tolist()
+            owners = [owner for each in chosen for owner in each.owners]
+            for owner, value in zip(owners, logprobs, strict=True):
+                found[owner] += value
+            answered += len(set(owners))
+            if progress:
+                progress(answered)
+        return found
+
+    def _rows(self, requests: Sequence[Request], beginning: int) -> list[Row]:
+        """One row for each context, or for each continuation that is longer than what it would share."""
+        trunks: dict[tuple[int, ...], Branches] = {}
+        for owner, (context, continuation) in enumerate(requests):
+            short = len(continuation) <= max(LONGEST_BRANCH, len(context) - beginning)
+            trunk = tuple(context) if self._shares and short else (*context, *continuation[:-1])
+            row = trunks.setdefault(trunk[beginning:], Branches(beginning, trunk[beginning:]))
+            row.add(owner, len(context), continuation)
+        return [row.finished() for row in trunks.values()]
+
+
+def shared_beginning(requests: Sequence[Request]) -> list[int]:
+    """The tokens with which all contexts begin, less the last token of the shortest; none where it saves little."""
+    contexts = {tuple(request.context) for request in requests}
+    if len(contexts) < 2:
+        return []
+    first, last = min(contexts), max(contexts)  # what these two share in the order of tokens, all between them share
+    most = min(map(len, contexts)) - 1
+    shared = next((place for place in range(most) if first[place] != last[place]), most)
+    return list(first[:shared]) if shared * (len(contexts) - 1) >= LEAST_SAVED else []

@@ -1,14 +1,18 @@
-"""Where few-shot questions come from: the built-in world, and folders of TASK.train.jsonl with TASK.test.jsonl.
+"""Where few-shot items come from: the built-in world, and folders of TASK.test.jsonl with TASK.train.jsonl, TASK.yaml.
 
-A row of a file has `instruction`, `input`, `choices` and `answer` (an index from 0). Free answers (`target` instead of
-`choices`) are not asked yet: such tasks are named and left out.
+A row has `input` and mostly `instruction`, and either `choices` with `answer` (an index from 0), or a free answer,
+`target`. The YAML file says how a prompt is written and what counts as right; without one it is as in `TaskFormat`.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-from evaluation.fewshot import Question, Task
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from rlhf.data import reader
 from rlhf.data.reader import Faults, read_rows
 from rlhf.data.rows import is_text
@@ -16,24 +20,123 @@ from rlhf.errors import DataError, UserError
 from rlhf.tinyworld import incontext
 from rlhf.tinyworld.words import Draw
 
+FIELD = re.compile(r"\{(\w+)\}")
+Metric = Literal["acc", "acc_norm", "acc_bytes", "exact_match"]
+
+
+class Question(NamedTuple):
+    """One item with its demonstrations, ready to be asked. Without choices its answer is free: `target`."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int  # index of the right choice; -1 where the answer is free
+    demonstrated: tuple[str, ...]  # the demonstrations' answers
+    target: str = ""
+    item: int = 0  # its number in the task: the same in every draw of demonstrations, and at every number of them
+
+
+class TaskFormat(BaseModel):
+    """How a task's prompts are written, and what counts as right. `{name}` stands for a field of the row.
+
+    `{answer}` is the right choice, or the target. The defaults are those of lm-evaluation-harness's custom tasks, so
+    that its numbers can be compared.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: int | float | str = Field(1, description="of the task; results of different versions aren't comparable")
+    description: str = Field("", description="what is asked, for people")
+    instruction: str = Field("{instruction}\n\n", description="the beginning; left out for rows without instruction")
+    demonstration: str = Field("Input: {input}\nOutput: {answer}\n\n", description="one demonstration")
+    item: str = Field("Input: {input}\nOutput:", description="what is asked")
+    delimiter: str = Field(" ", description="what stands before a choice")
+    metric: Metric | None = Field(
+        None,
+        description="the task's own figure: the likeliest choice (acc), by character (acc_norm) or by UTF-8 byte "
+        "(acc_bytes); free answers have exact_match",
+    )
+    max_tokens: int = Field(32, ge=1, description="longest free answer")
+    stop: tuple[str, ...] = Field(("\n",), description="texts that end a free answer")
+    extract: Literal["all", "first_line", "number", "last_number"] | None = Field(
+        None,
+        description="what of a free answer counts, and of the target: all of it, its first line, its first or last "
+        "number, compared as numbers; default: last_number where every target is a number, else all",
+    )
+    normalise: tuple[Literal["case", "punctuation", "articles", "spaces"], ...] = Field(
+        ("spaces",), description="what is made equal before free answers are compared"
+    )
+
+    @field_validator("stop", "normalise", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _shows_the_answer(self) -> "TaskFormat":
+        if not {"answer", "target", "solution"} & set(FIELD.findall(self.demonstration)):
+            raise ValueError("`demonstration` shows no answer: write {answer} where it stands")
+        return self
+
+
+class Task(Protocol):
+    """What is asked: a name, and the questions at any number of demonstrations."""
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        ...
+
+    @property
+    def format(self) -> TaskFormat:
+        """How its answers are scored."""
+        ...
+
+    @property
+    def free(self) -> bool:
+        """Whether its answers are free."""
+        ...
+
+    @property
+    def most_shots(self) -> int:
+        """How many demonstrations there are."""
+        ...
+
+    def draws(self, shots: int, wanted: int) -> int:
+        """How many different draws of so many demonstrations are of use, at most `wanted`."""
+        ...
+
+    def questions(self, shots: int, n: int, seed: int, draw: int = 0) -> list[Question]:
+        """At most `n` questions with `shots` demonstrations each, the same items at every count and in every draw.
+
+        Raises UserError where there are fewer demonstrations than that.
+        """
+        ...
+
 
 class TinyworldTask(NamedTuple):
-    """One of the built-in world's tasks."""
+    """One of the built-in world's tasks. Each item has demonstrations of its own."""
 
     name: str
+    format: TaskFormat = TaskFormat(description="made by the built-in world")
+    free: bool = False
+    most_shots: int = incontext.MAX_SHOTS
 
-    def questions(self, shots: int, n: int, seed: int) -> list[Question]:
-        """Questions whose prompts are part of no training document."""
-        if shots > incontext.MAX_SHOTS:
-            raise UserError(f"{self.name} has at most {incontext.MAX_SHOTS} demonstrations, {shots} were asked for")
+    def draws(self, shots: int, wanted: int) -> int:
+        """See Task: one, since the items differ in their demonstrations already."""
+        return 1
+
+    def questions(self, shots: int, n: int, seed: int, draw: int = 0) -> list[Question]:
+        """See Task. The prompts are part of no training document."""
+        _check_shots(self, shots)
         return [
             Question(
                 f"{incontext.lines(item.instruction, list(item.demonstrations))}\n{item.input} ->",
                 item.choices,
                 item.answer,
                 tuple(answer for _, answer in item.demonstrations),
+                item=number,
             )
-            for item in incontext.items(self.name, shots, n, seed)
+            for number, item in enumerate(incontext.items(self.name, shots, n, seed))
         ]
 
 
@@ -45,79 +148,184 @@ def tinyworld_tasks() -> list[Task]:
 class Row(NamedTuple):
     """One checked row of a task file."""
 
-    instruction: str
-    input: str
+    fields: Mapping[str, str]  # what a format can name, `answer` included
     choices: tuple[str, ...]
     answer: int
 
 
 class FileTask(NamedTuple):
-    """A task from a pair of files: demonstrations from one, items from the other."""
+    """A task from files."""
 
     name: str
     demonstrations: tuple[Row, ...]
     items: tuple[Row, ...]
+    format: TaskFormat = TaskFormat()
+    free: bool = False
 
-    def questions(self, shots: int, n: int, seed: int) -> list[Question]:
-        """The first `n` items; each has demonstrations of its own, drawn without repetition."""
-        if shots > len(self.demonstrations):
-            raise UserError(f"{self.name} has {len(self.demonstrations)} demonstrations, {shots} were asked for")
-        return [self._question(number, row, shots, seed) for number, row in enumerate(self.items[:n])]
+    @property
+    def most_shots(self) -> int:
+        """See Task."""
+        return len(self.demonstrations)
 
-    def _question(self, number: int, row: Row, shots: int, seed: int) -> Question:
-        chosen = Draw("fewshot", self.name, seed, number, shots).sample(self.demonstrations, shots)
-        blocks = [f"{row.instruction}\n"] if row.instruction else []
-        blocks += [f"Input: {demo.input}\nAnswer: {demo.choices[demo.answer]}\n" for demo in chosen]
-        blocks.append(f"Input: {row.input}\nAnswer:")
-        return Question("\n".join(blocks), row.choices, row.answer, tuple(demo.choices[demo.answer] for demo in chosen))
+    def draws(self, shots: int, wanted: int) -> int:
+        """See Task."""
+        return wanted if shots else 1
+
+    def questions(self, shots: int, n: int, seed: int, draw: int = 0) -> list[Question]:
+        """See Task. All items of a draw share its demonstrations: the first of the file in draw 0, else a sample."""
+        _check_shots(self, shots)
+        chosen = self.demonstrations[:shots]
+        if draw:
+            chosen = tuple(Draw("fewshot", self.name, seed, draw, shots).sample(self.demonstrations, shots))
+        shown = "".join(_filled(self.format.demonstration, row.fields) for row in chosen)
+        demonstrated = tuple(row.fields["answer"] for row in chosen)
+        return [
+            Question(
+                (_filled(self.format.instruction, row.fields) if row.fields.get("instruction") else "")
+                + shown
+                + _filled(self.format.item, row.fields),
+                row.choices,
+                row.answer,
+                demonstrated,
+                "" if row.choices else row.fields["answer"],
+                number,
+            )
+            for number, row in enumerate(self.items[:n])
+        ]
 
 
-def file_tasks(folder: Path, faults: Faults) -> tuple[list[Task], list[str]]:
-    """The multiple-choice tasks of a folder, and the names of those left out because their answers are free.
+def _check_shots(task: Task, shots: int) -> None:
+    if shots > task.most_shots:
+        raise UserError(f"{task.name} has at most {task.most_shots} demonstrations, {shots} were asked for")
 
-    Raises DataError for a malformed row or where no test file is found.
+
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    """A template with the row's fields. What stands in a field is text, braces included."""
+    return FIELD.sub(lambda found: fields[found[1]], template)
+
+
+def as_number(text: str) -> Decimal | None:
+    """`$1,234.50` is 1234.5, and 18.00 is 18; None for what is no number."""
+    plain = re.sub(r"[,$\s]", "", text).replace("−", "-").replace("–", "-")
+    try:
+        found = Decimal(plain)
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() else None
+
+
+# Files
+
+
+def file_tasks(folder: Path, faults: Faults, only: str = "") -> list[Task]:
+    """The tasks of a folder, by name; only the one of this name, where the folder isn't called so itself.
+
+    Raises DataError for a malformed row or format, where no test file is found, and for a TASK.yaml without one.
     """
-    found: list[Task] = []
-    left_out: list[str] = []
     files = sorted([*folder.glob("*.test.jsonl"), *folder.glob("*.test.jsonl.gz")])
     if not files:
         raise DataError(f"{folder}: no file *.test.jsonl")
-    for path in files:
-        name = path.name.split(".test.")[0]
-        rows = list(read_rows(path, faults))
-        if all("choices" not in row.value and "target" in row.value for row in rows):
-            left_out.append(name)
-            continue
-        items = _checked(rows, faults)
-        if not items:
-            raise DataError(f"{path}: no good row among {len(rows)}")
-        train = [folder / f"{name}.train.jsonl", folder / f"{name}.train.jsonl.gz"]
-        demonstrations = [row for file in train if file.exists() for row in read_rows(file, faults)]
-        found.append(FileTask(name, _checked(demonstrations, faults), items))
-    return found, left_out
+    names = [path.name.split(".test.")[0] for path in files]
+    for path in sorted(folder.glob("*.yaml")):
+        if path.stem not in names:
+            raise DataError(f"{path}: there is no {path.stem}.test.jsonl beside it")
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"{folder}: {', '.join(sorted(twice))}: both .test.jsonl and .test.jsonl.gz")
+    wanted = [only] if only and only != folder.name else names
+    if not set(wanted) <= set(names):
+        raise DataError(f"{folder}: no file {only}.test.jsonl")
+    return [_file_task(name, path, faults) for name, path in zip(names, files, strict=True) if name in wanted]
 
 
-def _checked(rows: Iterable[reader.Row], faults: Faults) -> tuple[Row, ...]:
+def _file_task(name: str, path: Path, faults: Faults) -> FileTask:
+    style = _format(path.with_name(f"{name}.yaml"))
+    rows = list(read_rows(path, faults))
+    free = bool(rows) and "choices" not in rows[0].value and "target" in rows[0].value
+    needed = {word for text in (style.instruction, style.demonstration, style.item) for word in FIELD.findall(text)}
+    check = _free_fault if free else _choice_fault
+    items = _checked(rows, faults, check, needed)
+    if not items:
+        raise DataError(f"{path}: no good row among {len(rows)}")
+    train = [path.with_name(f"{name}.train.jsonl"), path.with_name(f"{name}.train.jsonl.gz")]
+    found = [row for file in train if file.exists() for row in read_rows(file, faults)]
+    if free and style.extract is None:
+        numbers = all(as_number(row.fields["answer"]) is not None for row in items)
+        style = style.model_copy(update={"extract": "last_number" if numbers else "all"})
+    if free and style.metric not in (None, "exact_match"):
+        raise DataError(
+            f"{path.with_name(f'{name}.yaml')}: metric {style.metric} needs choices, and the answers are free"
+        )
+    if not free and style.metric == "exact_match":
+        raise DataError(f"{path.with_name(f'{name}.yaml')}: exact_match needs free answers (`target`), not choices")
+    return FileTask(name, _checked(found, faults, check, needed), items, style, free)
+
+
+def _format(path: Path) -> TaskFormat:
+    """The format in a task's YAML file; the usual one where there is none."""
+    if not path.exists():
+        return TaskFormat()
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{path}: no YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must be keys with values, such as `metric: acc_norm`")
+    try:
+        return TaskFormat.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = f" (known: {', '.join(TaskFormat.model_fields)})" if first["type"] == "extra_forbidden" else ""
+        raise DataError(f"{path}: {key + ': ' if key else ''}{first['msg']}{known}") from None
+
+
+def _checked(
+    rows: Iterable[reader.Row], faults: Faults, check: Callable[[dict[str, Any]], str], needed: set[str]
+) -> tuple[Row, ...]:
     good = []
     for row in rows:
-        fault = _fault(row.value)
+        value = row.value
+        fault = check(value)
+        fields = {key: text for key, text in value.items() if is_text(text)}
+        fields.setdefault("instruction", "")
+        if not fault:
+            fields["answer"] = value["choices"][value["answer"]] if "choices" in value else value["target"]
+            missing = sorted(needed - fields.keys())
+            fault = f"no text `{missing[0]}`, which the task's format asks for" if missing else ""
         if fault:
             faults.bad(row.path, row.line, fault)
             continue
-        value = row.value
-        good.append(Row(value.get("instruction", ""), value["input"], tuple(value["choices"]), value["answer"]))
+        good.append(Row(fields, tuple(value.get("choices", ())), value.get("answer", -1)))
     return tuple(good)
 
 
-def _fault(value: dict[str, Any]) -> str:
-    """What is wrong with a row of a task file; empty where nothing is."""
+def _common_fault(value: dict[str, Any]) -> str:
     if not is_text(value.get("input")):
         return "`input` must be text"
-    if not is_text(value.get("instruction", "")):
-        return "`instruction` must be text"
+    return "" if is_text(value.get("instruction", "")) else "`instruction` must be text"
+
+
+def _free_fault(value: dict[str, Any]) -> str:
+    """What is wrong with a row of a task of free answers; empty where nothing is."""
+    if "choices" in value:
+        return "has `choices`, but the task's first row has a free answer, `target`"
+    fault = _common_fault(value)
+    if fault:
+        return fault
+    return "" if is_text(value.get("target")) and value["target"].strip() else "`target` must be text, and not empty"
+
+
+def _choice_fault(value: dict[str, Any]) -> str:
+    """What is wrong with a row of a multiple-choice task; empty where nothing is."""
+    fault = _common_fault(value)
+    if fault:
+        return fault
     choices, answer = value.get("choices"), value.get("answer")
     if not isinstance(choices, list) or not choices or not all(is_text(choice) for choice in choices):
         return "`choices` must be a list of at least one text"
+    if not all(choices):
+        return "one of the `choices` is empty"
     if len(set(choices)) < len(choices):
         return "two `choices` are equal"
     if type(answer) is not int:

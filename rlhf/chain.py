@@ -6,6 +6,7 @@ result, the seed, the digests of the input files, and the digests of the models 
 Imports nothing heavy: the parent only decides, starts and waits.
 """
 
+import glob
 import platform
 import shutil
 import subprocess
@@ -111,7 +112,8 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
         for task in recipe.evaluate.fewshot.tasks:
             if task != "tinyworld":
                 _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
-                inputs[f"tasks {task}"] = digest_folder(Path(recipe.data.root) / task)
+                path = Path(recipe.data.root) / task
+                inputs[f"tasks {task}"] = digest_folder(path if path.is_dir() else path.parent)
     for name in upstream(recipe, stage):
         inputs[f"stage {name}"] = run.stage(name).output_digest()
     return inputs
@@ -369,8 +371,11 @@ def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
     for task in fewshot.tasks:
         if task == "tinyworld" and max(fewshot.shots) > MAX_SHOTS:
             raise UserError(f"evaluate.fewshot.shots: tinyworld's tasks have at most {MAX_SHOTS} demonstrations")
-        if task != "tinyworld" and not (root / task).is_dir():
-            raise MissingInput(f"evaluate.fewshot.tasks: no folder {root / task} (and `tinyworld` is built in)")
+        path = root / task
+        if task != "tinyworld" and not path.is_dir() and not list(path.parent.glob(f"{glob.escape(path.name)}.test.*")):
+            raise MissingInput(
+                f"evaluate.fewshot.tasks: no folder {path}, and no file {path}.test.jsonl (`tinyworld` is built in)"
+            )
 
 
 def _check_external(external: External, root: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
 import errno
+import json
 import os
 import shlex
 import signal
@@ -122,7 +123,15 @@ def evaluate(
     model_dirs: Annotated[
         list[str], typer.Argument(metavar="MODEL_DIR... [key=value ...]", help="Hugging Face causal LMs; overrides")
     ],
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="`tinyworld`, FOLDER or FOLDER/TASK; may stand several times")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None, typer.Option("--texts", help="file of documents for perplexity; may stand several times")
+    ] = None,
+    shots: Annotated[str, typer.Option("--shots", help="numbers of demonstrations, with commas between")] = "",
     output: Annotated[Path | None, typer.Option("--output", help="also write the results as JSON")] = None,
+    details: Annotated[Path | None, typer.Option("--details", help="write a JSON line for every question")] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="whose `evaluate` section says what is measured")
     ] = "quickstart",
@@ -130,6 +139,7 @@ def evaluate(
     """Measures any local Hugging Face causal LM: perplexity, bits per byte, few-shot accuracy.
 
     What is measured stands in the `evaluate` section of a recipe: by default the built-in world's documents and tasks.
+    --tasks or --texts take the place of the recipe's; with one of them alone the other isn't measured.
     """
     from rlhf.errors import MissingInput
     from rlhf.recipe import load_recipe
@@ -137,21 +147,29 @@ def evaluate(
 
     overrides = [word for word in model_dirs if "=" in word and not Path(word).exists()]
     directories = [Path(word) for word in model_dirs if word not in overrides]
-    settings = load_recipe(recipe, overrides)
+    asked = []
+    if tasks or texts:
+        names = [name if name == "tinyworld" else str(Path(name).absolute()) for name in tasks or ()]
+        files = [{"path": str(path.absolute())} for path in texts or ()]
+        asked = [f"evaluate.texts={json.dumps(files)}", f"evaluate.fewshot.tasks={json.dumps(names)}"]
+    if shots:
+        asked.append(f"evaluate.fewshot.shots=[{shots}]")
+    settings = load_recipe(recipe, [*asked, *overrides])
     if not directories:
         raise UserError("no model directory given")
     if settings.evaluate is None:
         raise UserError(f"the recipe {recipe} has no section `evaluate`")
     for directory in directories:
         model_config(directory)
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise MissingInput(f"--output: {output} is a directory" if output.is_dir() else f"no directory {output.parent}")
+    for option, file in (("--output", output), ("--details", details)):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise MissingInput(f"{option}: {file} is a directory" if file.is_dir() else f"no directory {file.parent}")
     from rlhf.runtime import print_anything
     from stages.evaluate import evaluate_directories
 
     print_anything()
 
-    evaluate_directories(settings, [str(directory) for directory in directories], output)
+    evaluate_directories(settings, [str(directory) for directory in directories], output, details)
 
 
 @app.command()

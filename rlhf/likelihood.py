@@ -4,7 +4,7 @@ Legend: N tokens, H width of a hidden state, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,21 +39,31 @@ class TokenReader:
         """Whether what `states` gives are hidden states."""
         return self._head is not None
 
-    def states(self, ids: Tensor) -> Tensor:
-        """Hidden states [B, L, H] of ids [B, L] with any padding on the right; logits where no head stands apart."""
+    def states(self, ids: Tensor, use_cache: bool = False, **more: Any) -> Tensor:
+        """Hidden states [B, L, H] of ids [B, L] with any padding on the right; logits where no head stands apart.
+
+        `more` goes to the model: masks, positions, a cache.
+        """
         if self._head is None:
-            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self._model(input_ids=ids, use_cache=use_cache, **more).logits
             return logits
-        states: Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states: Tensor = self._model.base_model(input_ids=ids, use_cache=use_cache, **more).last_hidden_state
         return states
+
+    def logprobs(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probabilities of tokens [N] at the states [N, ...] before them, without gradients; at least float32."""
+        with torch.no_grad():
+            parts = zip(states.split(self._at_once(states)), tokens.split(self._at_once(states)), strict=True)
+            return torch.cat([self._logits(part).log_softmax(-1).gather(-1, t.unsqueeze(-1)) for part, t in parts])[
+                :, 0
+            ]
 
     def read(self, states: Tensor, tokens: Tensor, temperature: float = 1.0, hide: Hide | None = None) -> Likelihood:
         """Likelihood of tokens [N] at the states [N, ...] before them.
 
         Where gradients are taken, the logits of each part are made again for the backward pass instead of being held.
         """
-        size = self._model.config.get_text_config().vocab_size
-        step = max(1, (LOGITS_AT_ONCE if states.device.type == "cpu" else LOGITS_AT_ONCE_THERE) // size)
+        step = self._at_once(states)
         if len(states) <= step:
             return Likelihood(*self._part(states, tokens, 0, temperature, hide))
         found = []
@@ -67,10 +77,18 @@ class TokenReader:
             )
         return Likelihood(*(torch.cat(column) for column in zip(*found, strict=True)))
 
+    def _at_once(self, states: Tensor) -> int:
+        """The tokens whose logits are held at a time."""
+        size = self._model.config.get_text_config().vocab_size
+        return max(1, (LOGITS_AT_ONCE if states.device.type == "cpu" else LOGITS_AT_ONCE_THERE) // size)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return widened(states if self._head is None else self._head(states))
+
     def _part(
         self, states: Tensor, tokens: Tensor, start: int, temperature: float, hide: Hide | None
     ) -> tuple[Tensor, Tensor]:
-        logits = widened(states if self._head is None else self._head(states)) / temperature
+        logits = self._logits(states) / temperature
         if hide:
             logits = hide(logits, start)
         logprobs = logits.log_softmax(-1)
@@ -94,4 +112,6 @@ def head_stands_apart(model: PreTrainedModel) -> bool:
         whole = model(input_ids=ids, use_cache=False).logits
     except (TypeError, AttributeError):
         return False
-    return apart.shape == whole.shape and torch.allclose(apart, whole, rtol=SPLIT_TOLERANCE, atol=SPLIT_TOLERANCE)
+    if apart.shape != whole.shape:
+        return False
+    return torch.allclose(apart.double(), whole.double(), rtol=SPLIT_TOLERANCE, atol=SPLIT_TOLERANCE)

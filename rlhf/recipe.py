@@ -585,19 +585,33 @@ class FewShotSection(Section):
     """In-context accuracy."""
 
     tasks: tuple[str, ...] = Field(
-        ("tinyworld",), min_length=1, description="`tinyworld`, or folders of TASK.train/.test.jsonl files"
+        ("tinyworld",),
+        description="`tinyworld`, or folders of TASK.test.jsonl, TASK.train.jsonl and TASK.yaml; FOLDER/TASK for one",
     )
     shots: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(
         (0, 1, 2, 4, 8), min_length=1, description="numbers of demonstrations"
     )
     items: int = Field(200, ge=1, description="items of a task, at most")
+    draws: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="so many choices of demonstrations from files: the first ones, then random ones, in random order",
+    )
+    begin: bool = Field(True, description="whether BOS stands before every prompt")
 
 
 class EvaluateSection(Section):
     """Perplexity on held-out documents and few-shot accuracy, for every model of the chain."""
 
-    texts: Sources = Field(description="held-out documents")
+    texts: tuple[Source, ...] = Field((), description="held-out documents")
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
+
+    @model_validator(mode="after")
+    def _measures(self) -> EvaluateSection:
+        if not self.texts and not self.fewshot.tasks:
+            raise ValueError("neither texts nor fewshot.tasks: there is nothing to measure")
+        return self
 
 
 RunName = Annotated[str, AfterValidator(lambda name: check_name(name))]

@@ -3,30 +3,31 @@
 `rlhf evaluate` calls the same functions on any model directories.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import fewshot, tasks
-from evaluation.perplexity import perplexity, score_documents
+from evaluation.suite import Answer, Measured, Suite, compare, measure
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.job import Job
 from rlhf.model import check_vocabulary, count_parameters, load_causal_lm
 from rlhf.recipe import EvaluateSection, Recipe, upstream
-from rlhf.rundir import write_json
+from rlhf.rundir import write_atomically, write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
 from rlhf.saver import once
 from rlhf.tokenizer import load_tokenizer
 from stages.common import open_data, report_faults, runs_code
 
-LONGEST_CONTEXT = 2048  # tokens of a window or a few-shot prompt, where the model can hold more
+ANSWERS = "answers.jsonl"
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -42,47 +43,71 @@ def run(job: Job) -> dict[str, Any]:
         if name in stood_on:
             models[name] = str(run.stage(name).model)
 
-    def keep(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return once(job, f"figures-{name}", lambda _: measure()).facts
+    def keep(name: str, measure: Callable[[], Measured]) -> Measured:
+        def make(folder: Path) -> dict[str, Any]:
+            found = measure()
+            write_details(folder / ANSWERS, found.answers)
+            return found.figures
+
+        kept = once(job, f"figures-{name}", make)
+        return Measured(kept.facts, read_details(kept.path / ANSWERS))
 
     results, parameters = _measure_all(recipe, models, keep)
-    return {"parameters": parameters, "models": results}
+    return {"parameters": parameters, **results}
 
 
-def evaluate_directories(recipe: Recipe, directories: list[str], output: Path | None) -> None:
-    """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in a file."""
+def evaluate_directories(recipe: Recipe, directories: list[str], output: Path | None, details: Path | None) -> None:
+    """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in files."""
+    every: list[dict[str, Any]] = []
+
+    def keep(name: str, measure: Callable[[], Measured]) -> Measured:
+        found = measure()
+        every.extend({"model": name, **answer._asdict()} for answer in found.answers)
+        return found
+
     with quiet_libraries():
         seed_everything(derive_seed(recipe.seed, "evaluate"))
-        models = {directory: directory for directory in directories}
-        results, _ = _measure_all(recipe, models, lambda _, measure: measure())
+        results, _ = _measure_all(recipe, {directory: directory for directory in directories}, keep)
     if output:
-        write_json(output, {"models": results})
+        write_json(output, results)
         log(f"written to {output}")
+    if details:
+        write_atomically(details, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in every))
+        log(f"{len(every):,} answers written to {details}")
+
+
+def write_details(path: Path, answers: Sequence[Answer]) -> None:
+    """A JSON line for every answer."""
+    lines = (json.dumps(answer._asdict(), ensure_ascii=False) for answer in answers)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_details(path: Path) -> list[Answer]:
+    """What `write_details` wrote."""
+    found = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
+    return [Answer(**{**line, "logprobs": tuple(line["logprobs"])}) for line in found]
 
 
 def _measure_all(
-    recipe: Recipe,
-    models: dict[str, str],
-    keep: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
+    recipe: Recipe, models: dict[str, str], keep: Callable[[str, Callable[[], Measured]], Measured]
 ) -> tuple[dict[str, Any], int]:
-    """The figures of every model, and the parameters of the last; `keep` may know a model's figures already."""
+    """The figures of every model and how they compare, and the parameters of the last; `keep` may know some already."""
     settings = recipe.evaluate
     assert settings is not None
-    dataset = open_data(recipe, "evaluate", settings.texts, "texts", "test")
-    texts = list(dataset)
-    report_faults(dataset)
-    found = _tasks(recipe, settings)
+    section = settings.fewshot
+    texts: list[str] = []
+    if settings.texts:
+        dataset = open_data(recipe, "evaluate", settings.texts, "texts", "test")
+        texts = list(dataset)
+        report_faults(dataset)
     seed = derive_seed(recipe.seed, "evaluate", "items")
-    asked = {
-        (task.name, shots): task.questions(shots, settings.fewshot.items, seed)
-        for task in found
-        for shots in settings.fewshot.shots
-    }
+    found = _tasks(recipe, settings)
+    suite = Suite(texts, found, section.shots, section.items, section.draws, seed, section.begin)
     log(
         f"evaluate: {len(models)} models; {len(texts):,} documents; {len(found)} tasks at "
-        f"{', '.join(map(str, settings.fewshot.shots))} demonstrations, {sum(map(len, asked.values())):,} questions"
+        f"{', '.join(map(str, section.shots))} demonstrations, {suite.size - len(texts):,} questions"
     )
-    results: dict[str, Any] = {}
+    measured: dict[str, Measured] = {}
     parameters = 0
     for name, directory in models.items():
         remote_code = runs_code(recipe, directory)
@@ -90,85 +115,67 @@ def _measure_all(
         tokenizer = load_tokenizer(directory, remote_code=remote_code)
         check_vocabulary(model, tokenizer, directory)
         parameters = count_parameters(model)
-        total = len(texts) + sum(len(question.choices) for questions in asked.values() for question in questions)
-        with Bar(f"evaluate {name}", total) as bar:
-            measure = partial(_measure, model, tokenizer, texts, asked, bar)
-            results[name] = keep(name, measure)
-    _print_table(results, settings.fewshot.shots)
-    return results, parameters
+        with Bar(f"evaluate {name}", suite.size) as bar:
+            show = partial(_show, bar)
+            measured[name] = keep(name, partial(measure, model, tokenizer, suite, show))
+    results = {name: each.figures for name, each in measured.items()}
+    _print_table(results, section.shots)
+    metrics = {task.name: fewshot.main_metric(task) for task in found}
+    return {"models": results, "differences": _differences(measured, metrics)}, parameters
 
 
-def _tasks(recipe: Recipe, settings: EvaluateSection) -> list[fewshot.Task]:
-    found: list[fewshot.Task] = []
+def _show(bar: Bar, done: int, figures: Mapping[str, float]) -> None:
+    bar.show(done, **figures)
+
+
+def _differences(measured: dict[str, Measured], metrics: Mapping[str, str]) -> dict[str, Any]:
+    """Each model against the one before it, item by item."""
+    names = list(measured)
+    return {
+        f"{later} - {earlier}": compare(measured[later].answers, measured[earlier].answers, metrics)
+        for earlier, later in pairwise(names)
+    }
+
+
+def _tasks(recipe: Recipe, settings: EvaluateSection) -> list[tasks.Task]:
+    found: list[tasks.Task] = []
     for name in settings.fewshot.tasks:
         if name == "tinyworld":
             found += tasks.tinyworld_tasks()
             continue
         faults = Faults(recipe.data.on_bad_row)
-        more, left_out = tasks.file_tasks(Path(recipe.data.root) / name, faults)
-        found += more
+        folder = Path(recipe.data.root) / name
+        found += tasks.file_tasks(folder if folder.is_dir() else folder.parent, faults, folder.name)
         if faults.counts:
             log(faults.report())
-        if left_out:
-            log(f"evaluate: not asked, since their answers are free text: {', '.join(left_out)}")
-    if not found:
-        raise UserError("evaluate.fewshot.tasks: no multiple-choice task found")
+    names = [task.name for task in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"evaluate.fewshot.tasks: {', '.join(twice)} is there twice")
     return found
-
-
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    asked: dict[tuple[str, int], list[fewshot.Question]],
-    bar: Bar,
-) -> dict[str, Any]:
-    done = 0
-
-    def show(figure: str, value: float) -> Callable[[int], None]:
-        return lambda answered: bar.show(done + answered, **({figure: value} if figure else {}))
-
-    context = min(int(getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT)), LONGEST_CONTEXT)
-    scores = score_documents(model, tokenizer, texts, context=context)
-    whole = perplexity(scores)
-    done = len(texts)
-    bits = whole.bits_per_byte.mean
-    answers: dict[str, dict[str, Any]] = {}
-    for (task, shots), questions in asked.items():
-        found = fewshot.accuracy(model, tokenizer, questions, context=context, progress=show("bits_per_byte", bits))
-        done += sum(len(question.choices) for question in questions)
-        answers.setdefault(task, {})[str(shots)] = (
-            found.summary() if found else {"not_available": f"no item fits the context of {context} tokens"}
-        )
-    bar.show(done, bits_per_byte=bits)
-    return {
-        **whole.nats_per_token.as_keys("nats_per_token"),
-        "perplexity": round(whole.perplexity, 4),
-        **whole.bits_per_byte.as_keys("bits_per_byte"),
-        "documents": whole.documents,
-        "tokens": whole.tokens,
-        "fewshot": answers,
-    }
 
 
 def _print_table(results: dict[str, Any], shots: tuple[int, ...]) -> None:
     """Models side by side; below each task, chance and what copying the most frequent demonstrated answer gives."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(title="held-out documents", title_justify="left")
-    for heading in ("model", "perplexity", "bits per byte"):
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
-    for name, result in results.items():
-        low, high = result["bits_per_byte_ci95"]
-        table.add_row(
-            escape(name), f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}]"
-        )
-    console.print(table)
+    if any("perplexity" in result for result in results.values()):
+        table = Table(title="held-out documents", title_justify="left")
+        for heading in ("model", "perplexity", "bits per byte"):
+            table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+        for name, result in results.items():
+            low, high = result["bits_per_byte_ci95"]
+            table.add_row(
+                escape(name), f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}]"
+            )
+        console.print(table)
+    first = next(iter(results.values()))["fewshot"]
+    if not first:
+        return
     table = Table(title="few-shot accuracy by number of demonstrations", title_justify="left")
     table.add_column("task")
     table.add_column("model", overflow="fold")
     for count in shots:
         table.add_column(str(count), justify="right")
-    first = next(iter(results.values()))["fewshot"]
     for task, by_shots in first.items():
         for name, result in results.items():
             cells = [_cell(result["fewshot"][task][str(count)], "accuracy") for count in shots]

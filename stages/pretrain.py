@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.perplexity import Perplexity, perplexity, score_documents
+from evaluation.scoring import Scorer
 from rlhf.checkpoint import load_tree
 from rlhf.data.tokens import PackedTokens
 from rlhf.errors import StageFailed
@@ -244,7 +245,8 @@ def _validate(
 ) -> Perplexity:
     """Perplexity on the texts, which the ranks share among them."""
     model.eval()
-    scores = team.share(texts, lambda mine: score_documents(model, tokenizer, mine, context=context))
+    scorer = Scorer(model, share=False)  # documents have nothing in common
+    scores = team.share(texts, lambda mine: score_documents(scorer, tokenizer, mine, context=context))
     model.train()
     return perplexity(scores)
 

@@ -13,12 +13,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.fewshot import Question, accuracy, chance_level, copy_baseline
+from evaluation.answers import is_right, write_answers
+from evaluation.fewshot import (
+    Outcome,
+    _right,
+    answer_by_likelihood,
+    chance_level,
+    copy_baseline,
+    encode_questions,
+    summarise,
+)
 from evaluation.perplexity import DocumentScore, perplexity, rolling_windows, score_documents
-from evaluation.scoring import continuation_logprobs, length_batches
-from evaluation.tasks import TinyworldTask, file_tasks, tinyworld_tasks
+from evaluation.scoring import Request, Scorer, length_batches, shared_beginning
+from evaluation.tasks import FileTask, Question, TaskFormat, TinyworldTask, file_tasks, tinyworld_tasks
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, StageFailed, UserError
 from rlhf.tinyworld.documents import documents
@@ -33,9 +42,13 @@ class Bigram:
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
-        self.config = SimpleNamespace(pad_token_id=0)
-        self.device = torch.device("cpu")
+        self.config = SimpleNamespace(pad_token_id=0, vocab_size=table.shape[1])
+        self.config.get_text_config = lambda decoder=True: self.config
+        self.device, self.base_model = torch.device("cpu"), self
         self.shapes: list[tuple[int, ...]] = []
+
+    def get_output_embeddings(self) -> None:
+        return None
 
     def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
         assert not use_cache
@@ -45,6 +58,16 @@ class Bigram:
 
 def uniform(vocab_size: int = VOCAB_SIZE) -> Any:
     return Bigram(torch.zeros(vocab_size, vocab_size))
+
+
+def plain(model: Any, **more: Any) -> Scorer:
+    """A scorer that shares nothing."""
+    return Scorer(model, share=False, **more)
+
+
+def logprobs_of(scorer: Scorer, contexts: list[list[int]], continuations: list[list[int]], **more: Any) -> list[float]:
+    requests = [Request(*pair) for pair in zip(contexts, continuations, strict=True)]
+    return scorer.logprobs(requests, **more)
 
 
 @torch.no_grad()
@@ -68,8 +91,8 @@ def test_batches_hold_every_row_once_and_keep_the_budget(lengths: list[int], bud
 def test_logprobs_by_hand() -> None:
     # after token 0 the probabilities are 1/2, 1/4, 1/4; after 1 they are 1/8, 1/8, 3/4; after 2 all are 1/3
     table = torch.tensor([[2.0, 1, 1], [1, 1, 6], [1, 1, 1]]).log()
-    found = continuation_logprobs(
-        Bigram(table),  # type: ignore[arg-type]
+    found = logprobs_of(
+        plain(Bigram(table)),
         [[0], [0], [2, 2, 1], [0, 1]],
         [[1], [0, 1, 2], [2], [2, 0]],
     )
@@ -81,7 +104,7 @@ def test_all_one_token_continuations_of_a_context_share_one_row() -> None:
     model = uniform(10)
     answered: list[int] = []
     contexts, continuations = [[1, 2, 3]] * 8 + [[4]], [[i] for i in range(8)] + [[5]]
-    found = continuation_logprobs(model, contexts, continuations, progress=answered.append)
+    found = logprobs_of(plain(model), contexts, continuations, progress=answered.append)
     assert model.shapes == [(2, 3)]
     assert found == pytest.approx([-math.log(10)] * 9)
     assert answered == [9]
@@ -99,15 +122,18 @@ def test_logprobs_equal_a_naive_loop(tiny_model: PreTrainedModel) -> None:
     contexts = [sequence[:cut] for sequence, cut in zip(sequences, cuts, strict=True)]
     continuations = [sequence[cut:] for sequence, cut in zip(sequences, cuts, strict=True)]
     for budget in (1, 70, 8192):
-        found = continuation_logprobs(tiny_model, contexts, continuations, budget=budget)
-        assert found == pytest.approx(expected, abs=1e-4)
+        for share in (False, True):
+            scorer = Scorer(tiny_model, budget=budget, share=share)
+            assert scorer.why_not_shared == (None if share else "not asked for")
+            assert logprobs_of(scorer, contexts, continuations) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_order_of_requests_changes_nothing(tiny_gpt2: PreTrainedModel) -> None:
     contexts = [[0, *range(20, 20 + n)] for n in range(1, 12)]
     continuations = [[50 + n, 60] for n in range(1, 12)]
-    forward = continuation_logprobs(tiny_gpt2, contexts, continuations, budget=40)
-    backward = continuation_logprobs(tiny_gpt2, contexts[::-1], continuations[::-1], budget=40)
+    scorer = Scorer(tiny_gpt2, budget=40)
+    forward = logprobs_of(scorer, contexts, continuations)
+    backward = logprobs_of(scorer, contexts[::-1], continuations[::-1])
     assert backward[::-1] == pytest.approx(forward, abs=1e-5)
 
 
@@ -145,7 +171,7 @@ def test_scores_equal_a_naive_loop(tiny_model: PreTrainedModel, tokenizer: PreTr
     texts = ["", "The opposite of hot is cold. " * 9, "你好 -> hello\n" * 6, *itertools.islice(documents("test", 1), 2)]
     double = copy.deepcopy(tiny_model).double()
     for context in (16, 23):
-        found = score_documents(tiny_model, tokenizer, texts, context=context)
+        found = score_documents(Scorer(tiny_model), tokenizer, texts, context=context)
         for text, score in zip(texts, found, strict=True):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert (score.tokens, score.bytes) == (len(ids), len(text.encode()))
@@ -154,9 +180,9 @@ def test_scores_equal_a_naive_loop(tiny_model: PreTrainedModel, tokenizer: PreTr
 
 def test_batching_changes_no_score(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     texts = list(itertools.islice(documents("test", seed=2), 20))
-    together = score_documents(tiny_model, tokenizer, texts, context=CONTEXT)
+    together = score_documents(Scorer(tiny_model), tokenizer, texts, context=CONTEXT)
     for budget in (1, 200):
-        alone = score_documents(tiny_model, tokenizer, texts, context=CONTEXT, budget=budget)
+        alone = score_documents(Scorer(tiny_model, budget=budget), tokenizer, texts, context=CONTEXT)
         assert [score.nats for score in alone] == pytest.approx([score.nats for score in together], abs=1e-4)
 
 
@@ -164,7 +190,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_bits_a_token(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     texts = ["你好 -> hello", "cold", ""]
-    found = perplexity(score_documents(uniform(), tokenizer, texts, context=5))
+    found = perplexity(score_documents(plain(uniform()), tokenizer, texts, context=5))
     tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
     assert found.perplexity == pytest.approx(VOCAB_SIZE, rel=1e-6)
     assert found.bits_per_byte.mean == pytest.approx(tokens * math.log2(VOCAB_SIZE) / (15 + 4), rel=1e-6)
@@ -172,7 +198,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_bits_a_token(
 
 
 def test_text_like_a_special_token_is_scored_as_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    (score,) = score_documents(uniform(), tokenizer, ["<|eos|>"], context=64)
+    (score,) = score_documents(plain(uniform()), tokenizer, ["<|eos|>"], context=64)
     assert score.tokens > 1
     assert score.bytes == 7
 
@@ -198,6 +224,72 @@ def test_hopeless_documents_have_a_finite_perplexity_and_none_at_all_is_an_error
         perplexity([DocumentScore(1.0, 2, 2), DocumentScore(math.nan, 2, 2)])
 
 
+# What is shared
+
+LOCAL = {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, **LOCAL},
+    "mistral": {**SMALL, "num_key_value_heads": 2, "sliding_window": 4},
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 5.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # its positions are made from the mask
+    "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},  # no keys and values
+}
+
+
+def made(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=99, initializer_range=0.3, **KINDS[kind])
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return model
+
+
+def items_behind_demonstrations() -> list[Request]:
+    """Choices that share beginnings, are equal, stand alone, and have one token, behind 40 tokens that all share."""
+    shared = [7 + i % 50 for i in range(40)]
+    queries: list[tuple[list[int], list[list[int]]]] = [
+        ([60, 61, 62], [[5, 6, 7], [5, 6, 8], [9], [5]]),
+        ([60], [[61, 62, 5], [61, 7]]),  # the choices are another query's beginning
+        ([70, 71], [[8, 8, 8, 8]]),
+        ([70, 71, 72, 73], [[3], [4], [3]]),
+    ]
+    return [Request([*shared, *query], choice) for query, choices in queries for choice in choices]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_shared_changes_no_log_probability(kind: str) -> None:
+    """In float64 (but where models make norms and softmax in float32), against one plain pass for each token."""
+    model, requests = made(kind).double(), items_behind_demonstrations()
+    expected = [sum(naive_logprob(model, [*c, *t[:i]], t[i]) for i in range(len(t))) for c, t in requests]
+    for budget in (20, 8192):
+        scorer = Scorer(model, budget=budget)
+        assert (scorer.why_not_shared is None) == (kind not in ("bloom", "mamba"))
+        assert scorer.logprobs(requests) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_beginning_is_read_once_and_the_choices_of_an_item_in_one_row() -> None:
+    model, shapes = made("llama"), []
+    scorer = Scorer(model)
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    scorer.logprobs(items_behind_demonstrations())
+    # 40 tokens for all; then four rows, of which the longest has 3 tokens of the query and (5, 6) and (5, 6)
+    assert shapes == [(1, 40), (4, 7)]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=90), min_size=1, max_size=6))
+def test_the_shared_beginning_is_that_of_all_and_leaves_each_a_token(contexts: list[list[int]]) -> None:
+    found = shared_beginning([Request([1] * 30 + context, [0]) for context in contexts])
+    wholes = [[1] * 30 + context for context in contexts]
+    most = min(map(len, wholes)) - 1
+    naive = next((i for i in range(most) if len({whole[i] for whole in wholes}) > 1), most)
+    distinct = len(set(map(tuple, wholes)))
+    assert found == (wholes[0][:naive] if distinct > 1 and naive * (distinct - 1) >= 64 else [])
+
+
 # Few-shot accuracy
 
 
@@ -207,6 +299,15 @@ def questions_of_many_kinds() -> list[Question]:
     asked.append(Question("Input: x\nAnswer:", ("no", "not", "not at all", "<|end|>", "不"), 2, ()))
     asked.append(Question("a b c d e f", ("g", "h"), 1, ("g",)))
     return asked
+
+
+def asked_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, asked: list[Question], context: int = CONTEXT) -> Any:
+    style = TaskFormat()
+    return answer_by_likelihood(scorer, tokenizer, style, asked, context=context, begin=[tokenizer.bos_token_id])
+
+
+def share_right(outcomes: Any, metric: str = "acc") -> float:
+    return sum(outcome.right[metric] for outcome in outcomes) / len(outcomes)
 
 
 def test_accuracy_equals_a_naive_loop(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -225,10 +326,8 @@ def test_accuracy_equals_a_naive_loop(tiny_model: PreTrainedModel, tokenizer: Pr
         right += scores.index(max(scores)) == question.answer
     assert 0 < right < len(asked)
     for budget in (1, 8192):
-        found = accuracy(tiny_model, tokenizer, asked, context=CONTEXT, budget=budget)
-        assert found is not None
-        assert found.accuracy.mean == right / len(asked)
-        assert (found.items, found.too_long) == (len(asked), 0)
+        found = asked_of(Scorer(tiny_model, budget=budget), tokenizer, asked)
+        assert share_right(found) == right / len(asked)
 
 
 def test_the_whole_choice_counts_and_not_its_first_token_alone(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -238,9 +337,7 @@ def test_the_whole_choice_counts_and_not_its_first_token_alone(tokenizer: PreTra
     model: Any = Bigram(table)  # after Z, X is likelier than Q; but then Q goes on with Q, and X with anything
     for choices, answer in ((("ZX", "ZQ"), 0), (("ZXX", "ZQQ"), 1)):
         assert tokenizer(f" {choices[0]}", add_special_tokens=False)["input_ids"][:3] == [space, z, x]
-        found = accuracy(model, tokenizer, [Question("p", choices, answer, ())], context=CONTEXT)
-        assert found is not None
-        assert found.accuracy.mean == 1.0
+        assert share_right(asked_of(plain(model), tokenizer, [Question("p", choices, answer, ())])) == 1.0
 
 
 def test_chance_by_hand() -> None:
@@ -265,27 +362,79 @@ def test_copying_says_nothing_about_recall_but_what_chance_does() -> None:
     assert copy_baseline(asked) == pytest.approx(chance_level(asked)) == pytest.approx(1 / 8)
 
 
-def test_items_that_do_not_fit_are_counted_and_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_items_that_do_not_fit_are_not_asked(tokenizer: PreTrainedTokenizerBase) -> None:
     fits, too_long = Question("ab", ("Z", "Q"), 0, ()), Question("ab", ("Z", "QQQQQ"), 0, ())
     longest = len(tokenizer("ab Z", add_special_tokens=False)["input_ids"])  # with BOS, the last one is only predicted
-    found = accuracy(uniform(), tokenizer, [too_long, fits, too_long], context=longest)
-    assert found is not None
-    assert (found.items, found.too_long) == (1, 2)
-    assert accuracy(uniform(), tokenizer, [fits], context=longest - 1) is None
-    assert accuracy(uniform(), tokenizer, [], context=64) is None
+    found = asked_of(plain(uniform()), tokenizer, [too_long, fits, too_long], longest)
+    assert [outcome.question for outcome in found] == [fits]
+    assert asked_of(plain(uniform()), tokenizer, [fits], longest - 1) == []
 
 
-def test_summaries_of_accuracy_have_the_keys_of_the_design(tokenizer: PreTrainedTokenizerBase) -> None:
-    found = accuracy(uniform(), tokenizer, [Question("p", ("Z", "Q"), 0, ("Z",))] * 10, context=64)
-    assert found is not None
-    assert found.summary() == {
-        "accuracy": 1.0,  # of equally likely choices the first is taken
-        "accuracy_ci95": [0.7225, 1.0],
-        "chance": 0.5,
-        "copy_baseline": 1.0,
-        "items": 10,
-        "too_long": 0,
-    }
+def test_the_length_of_a_choice_counts_by_character_and_by_byte() -> None:
+    """Of equal log-probabilities a character the shorter one's is the least, and Chinese has three bytes a sign."""
+    question = Question("", ("ab", "abcd", "水"), 1, ())
+    assert _right(question, [-2.0, -3.0, -1.5]) == {"acc": False, "acc_norm": True, "acc_bytes": False}
+    # by character -1, -0.75, -1.5; by byte -1, -0.75, -0.5
+
+
+def test_without_begin_nothing_stands_before_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    question = Question("ab", ("Z",), 0, ())
+    for begin in ([], [tokenizer.bos_token_id]):
+        ((request,),) = [r for r in encode_questions(tokenizer, [question], context=9, begin=begin).requests if r]
+        assert request.context == [*begin, *tokenizer("ab", add_special_tokens=False)["input_ids"]]
+
+
+def test_figures_of_several_draws_by_hand() -> None:
+    questions = [Question("", ("a", "b"), 0, ("a",), item=item) for item in range(4)]
+    task = FileTask("mood", (), ())
+
+    def outcomes(*right: bool) -> list[Outcome]:
+        return [Outcome(q, {"acc": r, "acc_norm": True}) for q, r in zip(questions, right, strict=True)]
+
+    found = summarise(task, [outcomes(True, True, True, False), outcomes(True, False, False, False)], too_long=1)
+    assert found["accuracy"] == 0.5
+    assert (found["draws"], found["spread"]) == ([0.75, 0.25], 0.25)
+    assert (found["metric"], found["acc_norm"], found["chance"], found["copy_baseline"]) == ("acc", 1.0, 0.5, 1.0)
+    assert (found["items"], found["too_long"]) == (4, 1)
+    low, high = found["accuracy_bootstrap95"]
+    assert 0.0 <= low < 0.5 < high <= 1.0
+    other = summarise(FileTask("mood", (), (), TaskFormat(metric="acc_norm")), [outcomes(True, True, True, False)], 0)
+    assert other["accuracy"] == 1.0
+    assert "spread" not in other
+
+
+# Free answers
+
+
+@pytest.mark.parametrize(
+    ("written", "target", "style", "right"),
+    [
+        (" Paul ", "Paul", {}, True),
+        (" paul", "Paul", {}, False),
+        (" the Paul!", "paul", {"normalise": ["case", "articles", "punctuation", "spaces"]}, True),
+        (" It is $1,234.50.", "1234.5", {"extract": "last_number"}, True),
+        (" 3 + 4 = 7", "7", {"extract": "last_number"}, True),
+        (" 3 + 4 = 7", "7", {"extract": "number"}, False),
+        (" -5", "5", {"extract": "number"}, False),
+        (" none", "5", {"extract": "number"}, False),
+        (" seven\nor so", "seven", {"extract": "first_line"}, True),
+    ],
+)
+def test_a_free_answer_is_right_after_the_stated_normalisation(
+    written: str, target: str, style: dict[str, Any], right: bool
+) -> None:
+    assert is_right(written, target, TaskFormat(**style)) == right
+
+
+def test_free_answers_are_the_likeliest_tokens(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The opposite of", "x", "你好 ->")]
+    found = write_answers(tiny_model, tokenizer, prompts, TaskFormat(max_tokens=6, stop=()))
+    for prompt, answer in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            expected = tiny_model.generate(
+                torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id
+            )[0, len(prompt) :]
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 # Tasks
@@ -324,36 +473,85 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_text_of_a_file_question(folder: Path) -> None:
-    ((task,), left_out) = file_tasks(folder, Faults())
-    assert (task.name, left_out) == ("mood", [])
+    (task,) = file_tasks(folder, Faults())
+    assert (task.name, task.most_shots, task.free) == ("mood", 6, False)
     first, *_ = task.questions(0, 10, seed=0)
-    assert first == Question("Good or bad?\n\nInput: item 0\nAnswer:", ("good", "bad"), 0, ())
-    question = task.questions(1, 10, seed=0)[2]
-    demo = next(i for i in range(6) if f"demo {i}\n" in question.prompt)
-    answer = ("good", "bad")[demo % 2]
-    assert question.demonstrated == (answer,)
-    assert question.prompt == f"Good or bad?\n\nInput: demo {demo}\nAnswer: {answer}\n\nInput: item 2\nAnswer:"
+    assert first == Question("Good or bad?\n\nInput: item 0\nOutput:", ("good", "bad"), 0, ())
+    question = task.questions(2, 10, seed=0)[2]
+    assert question.demonstrated == ("good", "bad")
+    assert question.prompt == (
+        "Good or bad?\n\nInput: demo 0\nOutput: good\n\nInput: demo 1\nOutput: bad\n\nInput: item 2\nOutput:"
+    )
+
+
+def test_a_format_of_its_own(folder: Path) -> None:
+    (folder / "mood.yaml").write_text(
+        'version: 2\nmetric: acc_norm\ninstruction: "# {instruction}\\n"\n'
+        'demonstration: "{input} is {answer}\\n"\nitem: "{input} is"\n'
+    )
+    (task,) = file_tasks(folder, Faults())
+    assert task.questions(1, 1, 0)[0].prompt == "# Good or bad?\ndemo 0 is good\nitem 0 is"
+    assert (task.format.version, task.format.metric) == (2, "acc_norm")
+
+
+def test_braces_in_a_row_are_text(tmp_path: Path) -> None:
+    write_rows(tmp_path / "mood.test.jsonl", {**ROW, "input": "{answer} {0} {input.__class__}"})
+    (task,) = file_tasks(tmp_path, Faults())
+    assert "Input: {answer} {0} {input.__class__}\n" in task.questions(0, 1, 0)[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("metrik: acc", "metrik: Extra inputs are not permitted (known: version,"),
+        ("metric: best", "metric: Input should be 'acc'"),
+        ("- a list", "must be keys with values"),
+        ("a: [1", "no YAML: "),
+        ('item: "{question}"', "line 1: no text `question`, which the task's format asks for"),
+        ('demonstration: "{input}"', "`demonstration` shows no answer: write {answer} where it stands"),
+        ("metric: exact_match", "exact_match needs free answers"),
+    ],
+)
+def test_a_malformed_format_is_named(folder: Path, text: str, fault: str) -> None:
+    (folder / "mood.yaml").write_text(text)
+    with pytest.raises(DataError) as caught:
+        file_tasks(folder, Faults())
+    assert fault in str(caught.value)
+    assert str(folder / "mood") in str(caught.value)
+
+
+def test_a_format_without_items_is_an_error(folder: Path) -> None:
+    (folder / "moot.yaml").write_text("version: 1")
+    with pytest.raises(DataError, match=r"moot\.yaml: there is no moot\.test\.jsonl beside it"):
+        file_tasks(folder, Faults())
 
 
 def test_an_item_without_instruction_begins_with_its_input(tmp_path: Path) -> None:
     write_rows(tmp_path / "bare.test.jsonl", {key: value for key, value in ROW.items() if key != "instruction"})
-    ((task,), _) = file_tasks(tmp_path, Faults())
-    assert task.questions(0, 1, 0)[0].prompt == "Input: fine\nAnswer:"
+    (task,) = file_tasks(tmp_path, Faults())
+    assert task.questions(0, 1, 0)[0].prompt == "Input: fine\nOutput:"
 
 
-def test_every_file_item_has_demonstrations_of_its_own_without_repetition(folder: Path) -> None:
-    ((task,), _) = file_tasks(folder, Faults())
-    asked = task.questions(6, 4, seed=0)
-    orders = [tuple(line for line in question.prompt.split("\n") if "demo" in line) for question in asked]
-    assert all(len(set(order)) == 6 for order in orders)
-    assert len(set(orders)) > 1
-    assert asked == task.questions(6, 4, seed=0) != task.questions(6, 4, seed=1)
-    assert [question.prompt.split("\n")[-2] for question in asked] == [f"Input: item {i}" for i in range(4)]
+def test_the_items_of_a_draw_share_its_demonstrations_and_draws_differ(folder: Path) -> None:
+    (task,) = file_tasks(folder, Faults())
+    orders = []
+    for draw in range(4):
+        asked = task.questions(6, 4, seed=0, draw=draw)
+        found = {tuple(line for line in question.prompt.split("\n") if "demo" in line) for question in asked}
+        assert len(found) == 1
+        orders.append(found.pop())
+        assert len(set(orders[-1])) == 6
+        assert [question.prompt.split("\n")[-2] for question in asked] == [f"Input: item {i}" for i in range(4)]
+        assert [question.item for question in asked] == [0, 1, 2, 3]
+        assert asked == task.questions(6, 4, seed=0, draw=draw)
+    assert orders[0] == tuple(f"Input: demo {i}" for i in range(6))
+    assert len(set(orders)) == 4
+    assert (task.draws(0, 5), task.draws(2, 5)) == (1, 5)
 
 
 def test_more_demonstrations_than_a_file_has_are_refused(folder: Path) -> None:
-    ((task,), _) = file_tasks(folder, Faults())
-    with pytest.raises(UserError, match="mood has 6 demonstrations, 7 were asked for"):
+    (task,) = file_tasks(folder, Faults())
+    with pytest.raises(UserError, match="mood has at most 6 demonstrations, 7 were asked for"):
         task.questions(7, 1, 0)
     assert len(task.questions(6, 100, 0)) == 4
 
@@ -381,16 +579,27 @@ def test_a_malformed_task_row_is_named_or_counted(folder: Path, change: Any, fau
         file_tasks(folder, Faults("error"))
     assert str(caught.value).startswith(f"{path}, line 2: {fault}")
     faults = Faults("skip")
-    ((task,), _) = file_tasks(folder, faults)
+    (task,) = file_tasks(folder, faults)
     assert faults.counts == {str(path): 1}
     if part == "test":
         assert len(task.questions(0, 10, 0)) == 2
 
 
-def test_tasks_with_free_answers_are_left_out_by_name(folder: Path) -> None:
-    write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": "2"})
-    found, left_out = file_tasks(folder, Faults())
-    assert ([task.name for task in found], left_out) == (["mood"], ["sums"])
+def test_a_task_of_free_answers(folder: Path) -> None:
+    write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": "2"}, {"input": "3 + 4", "target": "7"})
+    write_rows(folder / "sums.train.jsonl", {"input": "1 + 2", "target": "3"})
+    mood, sums = file_tasks(folder, Faults())
+    assert (mood.name, sums.name, sums.free) == ("mood", "sums", True)
+    assert sums.format.extract == "last_number"
+    assert sums.questions(1, 1, 0)[0] == Question(
+        "Input: 1 + 2\nOutput: 3\n\nInput: 1 + 1\nOutput:", (), -1, ("3",), "2"
+    )
+    assert [task.name for task in file_tasks(folder, Faults(), "sums")] == ["sums"]
+    with pytest.raises(DataError, match=r"no file moods\.test\.jsonl"):
+        file_tasks(folder, Faults(), "moods")
+    write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": " "})
+    with pytest.raises(DataError, match=r"line 1: `target` must be text, and not empty"):
+        file_tasks(folder, Faults())
 
 
 def test_a_folder_without_tasks_is_an_error(tmp_path: Path) -> None:
@@ -399,17 +608,19 @@ def test_a_folder_without_tasks_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not FEWSHOT.exists(), reason=f"no {FEWSHOT}")
-def test_the_shared_tasks_load_and_free_answers_are_named() -> None:
-    found, left_out = file_tasks(FEWSHOT, Faults("error"))
-    names = {path.name.split(".")[0] for path in FEWSHOT.glob("*.test.jsonl")}
+def test_the_shared_tasks_load() -> None:
+    found = file_tasks(FEWSHOT, Faults("error"))
+    assert {task.name for task in found} == {path.name.split(".")[0] for path in FEWSHOT.glob("*.test.jsonl")}
     free = {"arithmetic_2digit_add", "arithmetic_2digit_sub", "gsm8k", "lambada"}
-    assert set(left_out) == free
-    assert {task.name for task in found} == names - free
+    assert {task.name for task in found if task.free} == free
+    assert {task.name for task in found if task.format.extract == "last_number"} == free - {"lambada"}
     for task in found:
         rows = [json.loads(line) for line in (FEWSHOT / f"{task.name}.test.jsonl").read_text("utf-8").split("\n")[:9]]
         for shots in (0, 5):
             asked = task.questions(shots, 9, seed=0)
-            assert [(list(q.choices), q.answer) for q in asked] == [(row["choices"], row["answer"]) for row in rows]
+            assert [(list(q.choices), q.target) for q in asked] == [
+                (row.get("choices", []), row.get("target", "")) for row in rows
+            ]
             assert all(len(question.demonstrated) == shots for question in asked)
 
 
@@ -418,7 +629,7 @@ def test_the_shared_malformed_task_keeps_its_two_good_rows(tmp_path: Path) -> No
     path = tmp_path / "bad.test.jsonl"
     path.write_bytes(MALFORMED_TASK.read_bytes())
     faults = Faults("skip")
-    ((task,), _) = file_tasks(tmp_path, faults)
+    (task,) = file_tasks(tmp_path, faults)
     assert len(task.questions(0, 100, 0)) == 2
     assert faults.counts == {str(path): 9}
     with pytest.raises(DataError, match=r"bad\.test\.jsonl, line 2: "):

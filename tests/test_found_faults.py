@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.fewshot import accuracy
 from evaluation.perplexity import rolling_windows, score_documents
+from evaluation.scoring import Scorer
 from evaluation.tasks import file_tasks
 from rlhf.data import rows, sources
 from rlhf.data.files import source_files
@@ -24,7 +24,7 @@ from rlhf.recipe import Source
 from rlhf.tokenizer import encode_chat
 from tests.conftest import CONTEXT
 from tests.test_data import GOOD, data_set, write
-from tests.test_evaluation import ROW, naive_nats, uniform, write_rows
+from tests.test_evaluation import ROW, asked_of, naive_nats, plain, uniform, write_rows
 from tests.test_tokenizer import DIALOGUE, PLAIN_CHATML, chatml, trained_text
 
 WITH_PROMPT = PLAIN_CHATML + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -50,7 +50,7 @@ def test_scores_equal_a_naive_loop(
 ) -> None:
     texts = ["", "x", "hot -> cold", "The opposite of hot is cold. " * 9, "你好 -> hello\n" * 6]
     double = copy.deepcopy(tiny_model).double()
-    for text, score in zip(texts, score_documents(tiny_model, tokenizer, texts, context=context), strict=True):
+    for text, score in zip(texts, score_documents(Scorer(tiny_model), tokenizer, texts, context=context), strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert (score.tokens, score.bytes) == (len(ids), len(text.encode()))
         assert score.nats == pytest.approx(naive_nats(double, ids, tokenizer.bos_token_id, context), abs=1e-4)
@@ -86,7 +86,7 @@ def test_demonstrations_are_found_whether_zipped_or_not(tmp_path: Path) -> None:
 
     (tmp_path / "mood.test.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode()))
     write_rows(tmp_path / "mood.train.jsonl", ROW)
-    ((task,), _) = file_tasks(tmp_path, Faults("error"))
+    (task,) = file_tasks(tmp_path, Faults("error"))
     assert len(task.questions(1, 1, 0)) == 1
 
 
@@ -189,4 +189,4 @@ def test_chosen_that_is_null_is_named_as_such_and_gold_is_read_again() -> None:
 
 
 def test_nothing_to_ask_is_no_crash(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert accuracy(uniform(), tokenizer, [], context=64) is None
+    assert asked_of(plain(uniform()), tokenizer, []) == []

@@ -1,0 +1,137 @@
+"""The whole suite on one model: what the chain, `rlhf evaluate` and a user's own code call.
+
+suite = Suite(texts=["..."], tasks=file_tasks(Path("tasks"), Faults()), shots=(0, 8))
+figures = measure(model, tokenizer, suite).figures
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation import fewshot
+from evaluation.perplexity import perplexity, score_documents
+from evaluation.scoring import Scorer
+from evaluation.tasks import Question, Task
+from rlhf.functional.bootstrap import paired_estimate
+from rlhf.tokenizer import begin_id
+
+LONGEST_CONTEXT = 2048  # tokens of a window or a few-shot prompt, where the model can hold more
+
+Progress = Callable[[int, Mapping[str, float]], None]  # how much of `Suite.size` is done, and a figure to show
+
+
+class Suite(NamedTuple):
+    """What is measured."""
+
+    texts: Sequence[str] = ()
+    tasks: Sequence[Task] = ()
+    shots: Sequence[int] = (0, 1, 2, 4, 8)
+    items: int = 200  # of a task, at most
+    draws: int = 1  # of demonstrations
+    seed: int = 0  # of the draws
+    begin: bool = True  # whether BOS stands before every prompt; it always does before a text
+
+    def draws_of(self, task: Task, shots: int) -> Iterator[list[Question]]:
+        """The questions of each draw; none where the task has too few demonstrations."""
+        if shots <= task.most_shots:
+            for draw in range(task.draws(shots, self.draws)):
+                yield task.questions(shots, self.items, self.seed, draw)
+
+    @property
+    def size(self) -> int:
+        """Documents and questions."""
+        return len(self.texts) + sum(
+            len(questions) for task in self.tasks for shots in self.shots for questions in self.draws_of(task, shots)
+        )
+
+
+class Answer(NamedTuple):
+    """How one question went."""
+
+    task: str
+    shots: int
+    draw: int
+    item: int
+    right: Mapping[str, bool]  # by metric
+    logprobs: tuple[float, ...]  # of each choice, nats
+    written: str  # the free answer
+
+
+class Measured(NamedTuple):
+    """What a model's summary says, and every answer that it stands on."""
+
+    figures: dict[str, Any]
+    answers: list[Answer]
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, progress: Progress | None = None
+) -> Measured:
+    """Perplexity of the texts, and accuracy of the tasks at each number of demonstrations."""
+    context = min(int(getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT)), LONGEST_CONTEXT)
+    scorer = Scorer(model)
+    figures: dict[str, Any] = {}
+    shown: dict[str, float] = {}
+    if suite.texts:
+        whole = perplexity(score_documents(scorer, tokenizer, list(suite.texts), context=context))
+        figures = {
+            **whole.nats_per_token.as_keys("nats_per_token"),
+            "perplexity": round(whole.perplexity, 4),
+            **whole.bits_per_byte.as_keys("bits_per_byte"),
+            "documents": whole.documents,
+            "tokens": whole.tokens,
+        }
+        shown["bits_per_byte"] = whole.bits_per_byte.mean
+    done = len(suite.texts)
+    begin = [begin_id(tokenizer)] if suite.begin else []
+    found: dict[str, dict[str, Any]] = {}
+    answers: list[Answer] = []
+    for task in suite.tasks:
+        answer = fewshot.answer_freely if task.free else fewshot.answer_by_likelihood
+        for shots in suite.shots:
+            draws, too_long = [], 0
+            for number, questions in enumerate(suite.draws_of(task, shots)):
+                draws.append(answer(scorer, tokenizer, task.format, questions, context=context, begin=begin))
+                too_long += len(questions) - len(draws[-1])
+                answers += [
+                    Answer(task.name, shots, number, o.question.item, o.right, o.logprobs, o.written) for o in draws[-1]
+                ]
+                done += len(questions)
+                if progress:
+                    progress(done, shown)
+            found.setdefault(task.name, {})[str(shots)] = _figures(task, shots, draws, too_long, context)
+    return Measured({**figures, "fewshot": found}, answers)
+
+
+def _figures(task: Task, shots: int, draws: list[list[fewshot.Outcome]], too_long: int, context: int) -> dict[str, Any]:
+    if not draws:
+        return {"not_available": f"the task has {task.most_shots} demonstrations, fewer than {shots}"}
+    if not all(draws):
+        return {"not_available": f"no item fits the context of {context} tokens"}
+    return fewshot.summarise(task, draws, too_long)
+
+
+def compare(first: Sequence[Answer], second: Sequence[Answer], metrics: Mapping[str, str]) -> dict[str, Any]:
+    """How much more often the first model is right than the second, on the items that both were asked.
+
+    By task and number of demonstrations: `difference` with its interval, resampled item by item: what the two have in
+    common falls away. `metrics` names each task's.
+    """
+    of_item = [_by_item(answers, metrics) for answers in (first, second)]
+    found: dict[str, Any] = {}
+    for task, shots in dict.fromkeys((key[0], key[1]) for key in of_item[0]):
+        items = [key for key in of_item[0] if key[:2] == (task, shots) and key in of_item[1]]
+        if items:
+            mine, others = ([fmean(side[key]) for key in items] for side in of_item)
+            found.setdefault(task, {})[str(shots)] = paired_estimate(mine, others).as_keys("difference", 4)
+    return found
+
+
+def _by_item(answers: Sequence[Answer], metrics: Mapping[str, str]) -> dict[tuple[str, int, int], list[float]]:
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for answer in answers:
+        key = answer.task, answer.shots, answer.item
+        found.setdefault(key, []).append(float(answer.right[metrics[answer.task]]))
+    return found
