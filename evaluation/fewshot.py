@@ -24,18 +24,6 @@ Sizes = Callable[[str], int]
 SIZES: dict[Metric, Sizes] = {"acc": lambda _: 1, "acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
-class Asked(NamedTuple):
-    """Questions in token ids. One that doesn't fit the context is None: it is never cut."""
-
-    questions: list[Question]
-    requests: list[list[Request] | None]  # of each question, one for each choice
-
-    @property
-    def too_long(self) -> int:
-        """How many don't fit."""
-        return self.requests.count(None)
-
-
 class Outcome(NamedTuple):
     """How one question went."""
 
@@ -52,10 +40,10 @@ def encode_questions(
     context: int,
     begin: Sequence[int],
     delimiter: str = " ",
-) -> Asked:
-    """Contexts and continuations: prompt and choice are encoded together, and cut where the prompt alone ends.
+) -> list[list[Request] | None]:
+    """A request for each choice of each question: both are encoded together, and cut where the prompt ends.
 
-    `begin` are the ids before every prompt. Nothing reads more than `context` tokens.
+    `begin` are the ids before every prompt. A question that needs more than `context` tokens is None: it is never cut.
     """
     prompts = encode_texts(tokenizer, [question.prompt for question in questions])
     wholes = iter(
@@ -69,7 +57,7 @@ def encode_questions(
         fits = all(len(whole) - 1 <= context for whole in mine)
         found = [Request(whole[:cut], whole[cut:]) for whole, cut in zip(mine, cuts, strict=True)]
         requests.append(found if fits else None)
-    return Asked(list(questions), requests)
+    return requests
 
 
 def answer_by_likelihood(
@@ -81,15 +69,14 @@ def answer_by_likelihood(
     context: int,
     begin: Sequence[int],
     progress: Progress | None = None,
-) -> list[Outcome]:
-    """What the model takes for right, question by question; those that don't fit the context are left out."""
-    asked = encode_questions(tokenizer, questions, context=context, begin=begin, delimiter=style.delimiter)
-    fitting = [(q, found) for q, found in zip(asked.questions, asked.requests, strict=True) if found is not None]
-    logprobs = iter(scorer.logprobs([request for _, found in fitting for request in found], progress))
-    outcomes = []
-    for question, found in fitting:
-        scores = [next(logprobs) for _ in found]
-        outcomes.append(Outcome(question, _right(question, scores), tuple(scores)))
+) -> list[Outcome | None]:
+    """What the model takes for right, question by question; None where one doesn't fit the context."""
+    requests = encode_questions(tokenizer, questions, context=context, begin=begin, delimiter=style.delimiter)
+    logprobs = iter(scorer.logprobs([request for found in requests if found for request in found], progress))
+    outcomes: list[Outcome | None] = []
+    for question, found in zip(questions, requests, strict=True):
+        scores = tuple(next(logprobs) for _ in found or ())
+        outcomes.append(Outcome(question, _right(question, scores), scores) if found else None)
     return outcomes
 
 
@@ -102,15 +89,18 @@ def answer_freely(
     context: int,
     begin: Sequence[int],
     progress: Progress | None = None,
-) -> list[Outcome]:
-    """What the model writes, question by question; those for whose answer the context has no room are left out."""
+) -> list[Outcome | None]:
+    """What the model writes, question by question; None where the context has no room for the answer."""
     prompts = [[*begin, *ids] for ids in encode_texts(tokenizer, [question.prompt for question in questions])]
-    fitting = [(q, ids) for q, ids in zip(questions, prompts, strict=True) if len(ids) + style.max_tokens <= context]
-    written = write_answers(scorer.model, tokenizer, [ids for _, ids in fitting], style, progress)
-    return [
-        Outcome(question, {"exact_match": is_right(found.text, question.target, style)}, written=found.text)
-        for (question, _), found in zip(fitting, written, strict=True)
-    ]
+    fits = [len(ids) + style.max_tokens <= context for ids in prompts]
+    asked = [ids for ids, fitting in zip(prompts, fits, strict=True) if fitting]
+    written = iter(write_answers(scorer.model, tokenizer, asked, style, progress))
+    outcomes: list[Outcome | None] = []
+    for question, fitting in zip(questions, fits, strict=True):
+        text = next(written).text if fitting else ""
+        right = {"exact_match": is_right(text, question.target, style)}
+        outcomes.append(Outcome(question, right, written=text) if fitting else None)
+    return outcomes
 
 
 def _right(question: Question, scores: Sequence[float]) -> dict[str, bool]:

@@ -1,8 +1,9 @@
 """Perplexity of documents: nats per token, and bits per byte, which compares models with different tokenizers."""
 
 import math
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,13 +12,19 @@ from rlhf.errors import DataError, StageFailed
 from rlhf.functional.intervals import Estimate, ratio_estimate
 from rlhf.tokenizer import begin_id, encode_texts
 
+WHITE_SPACE = re.compile(r"\s+")
+
 
 class DocumentScore(NamedTuple):
-    """One document: its negative log-likelihood in nats, its tokens, its bytes of UTF-8."""
+    """One document: its negative log-likelihood in nats, its tokens, its bytes of UTF-8, its words.
+
+    Words are what stands between white space, as lm-evaluation-harness counts them.
+    """
 
     nats: float
     tokens: int
     bytes: int
+    words: int = 1
 
 
 class Perplexity(NamedTuple):
@@ -25,13 +32,30 @@ class Perplexity(NamedTuple):
 
     nats_per_token: Estimate
     bits_per_byte: Estimate
+    nats_per_word: float
     tokens: int
     documents: int
 
     @property
     def perplexity(self) -> float:
         """exp of the nats per token."""
-        return math.exp(min(self.nats_per_token.mean, 700.0))
+        return _exp(self.nats_per_token.mean)
+
+    def summary(self) -> dict[str, Any]:
+        """As summaries write it: perplexity by token, by word and by byte."""
+        return {
+            **self.nats_per_token.as_keys("nats_per_token"),
+            "perplexity": round(self.perplexity, 4),
+            **self.bits_per_byte.as_keys("bits_per_byte"),
+            "byte_perplexity": round(_exp(self.bits_per_byte.mean * math.log(2)), 6),
+            "word_perplexity": round(_exp(self.nats_per_word), 4),
+            "documents": self.documents,
+            "tokens": self.tokens,
+        }
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
 
 
 class Window(NamedTuple):
@@ -41,7 +65,7 @@ class Window(NamedTuple):
     targets: list[int]
 
 
-def rolling_windows(tokens: list[int], begin: int, context: int) -> list[Window]:
+def rolling_windows(tokens: list[int], begin: int, context: int, stride: int | None = None) -> list[Window]:
     """Windows in which every token is predicted exactly once, none reading more than `context` tokens.
 
     With `context` 4 and tokens a b c d e f:
@@ -49,12 +73,15 @@ def rolling_windows(tokens: list[int], begin: int, context: int) -> list[Window]
         window  reads          predicts
         1       begin a b c    a b c d
         2       b c d e        e f        (the last one moves back, to see as much as it can)
+
+    A window behind the first predicts `stride` tokens, by default as many as it reads; fewer see more before them.
     """
+    stride = min(stride or context, context)
     first = tokens[:context]
     windows = [Window([begin, *first[:-1]], first)]
     done = len(first)
     while done < len(tokens):
-        end = min(done + context, len(tokens))
+        end = min(done + stride, len(tokens))
         windows.append(Window(tokens[end - context - 1 : end - 1], tokens[done:end]))
         done = end
     return windows
@@ -66,6 +93,7 @@ def score_documents(
     texts: list[str],
     *,
     context: int,
+    stride: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[DocumentScore]:
     """Each document's score; every document begins with BOS, which is not predicted. Empty texts score zero tokens."""
@@ -74,7 +102,7 @@ def score_documents(
     owners: list[int] = []
     encoded = encode_texts(tokenizer, texts)
     for owner, ids in enumerate(encoded):
-        for window in rolling_windows(ids, begin, context) if ids else []:
+        for window in rolling_windows(ids, begin, context, stride) if ids else []:
             cut = len(window.inputs) - len(window.targets) + 1
             requests.append(Request(window.inputs[:cut], [*window.inputs[cut:], window.targets[-1]]))
             owners.append(owner)
@@ -82,7 +110,8 @@ def score_documents(
     for owner, logprob in zip(owners, scorer.logprobs(requests, progress), strict=True):
         nats[owner] -= logprob
     return [
-        DocumentScore(nat, len(ids), len(text.encode())) for nat, ids, text in zip(nats, encoded, texts, strict=True)
+        DocumentScore(nat, len(ids), len(text.encode()), len(WHITE_SPACE.split(text)))
+        for nat, ids, text in zip(nats, encoded, texts, strict=True)
     ]
 
 
@@ -100,6 +129,7 @@ def perplexity(scores: list[DocumentScore]) -> Perplexity:
     return Perplexity(
         ratio_estimate(nats, [float(score.tokens) for score in scores]),
         ratio_estimate(bits, [float(score.bytes) for score in scores]),
+        math.fsum(nats) / sum(score.words for score in scores),
         sum(score.tokens for score in scores),
         len(scores),
     )

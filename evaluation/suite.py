@@ -1,20 +1,21 @@
 """The whole suite on one model: what the chain, `rlhf evaluate` and a user's own code call.
 
-suite = Suite(texts=["..."], tasks=file_tasks(Path("tasks"), Faults()), shots=(0, 8))
-figures = measure(model, tokenizer, suite).figures
+Use: `measure(model, tokenizer, Suite(tasks=file_tasks(Path("tasks"), Faults()), shots=(0, 8))).figures`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import fewshot
-from evaluation.perplexity import perplexity, score_documents
+from evaluation.perplexity import DocumentScore, perplexity, score_documents
 from evaluation.scoring import Scorer
 from evaluation.tasks import Question, Task
 from rlhf.functional.bootstrap import paired_estimate
+from rlhf.team import Team
 from rlhf.tokenizer import begin_id
 
 LONGEST_CONTEXT = 2048  # tokens of a window or a few-shot prompt, where the model can hold more
@@ -25,13 +26,14 @@ Progress = Callable[[int, Mapping[str, float]], None]  # how much of `Suite.size
 class Suite(NamedTuple):
     """What is measured."""
 
-    texts: Sequence[str] = ()
+    texts: Mapping[str, Sequence[str]] = {}  # documents by source
     tasks: Sequence[Task] = ()
     shots: Sequence[int] = (0, 1, 2, 4, 8)
     items: int = 200  # of a task, at most
     draws: int = 1  # of demonstrations
     seed: int = 0  # of the draws
     begin: bool = True  # whether BOS stands before every prompt; it always does before a text
+    stride: int | None = None  # tokens that a window behind the first predicts; None: as many as it reads
 
     def draws_of(self, task: Task, shots: int) -> Iterator[list[Question]]:
         """The questions of each draw; none where the task has too few demonstrations."""
@@ -40,9 +42,14 @@ class Suite(NamedTuple):
                 yield task.questions(shots, self.items, self.seed, draw)
 
     @property
+    def documents(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.texts.values()))
+
+    @property
     def size(self) -> int:
         """Documents and questions."""
-        return len(self.texts) + sum(
+        return self.documents + sum(
             len(questions) for task in self.tasks for shots in self.shots for questions in self.draws_of(task, shots)
         )
 
@@ -67,34 +74,38 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, progress: Progress | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: Suite,
+    progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Measured:
-    """Perplexity of the texts, and accuracy of the tasks at each number of demonstrations."""
+    """Perplexity of the texts, and accuracy of the tasks at each number of demonstrations.
+
+    The processes of a `team` share the work, and all have all results.
+    """
+    team = team or Team()
     context = min(int(getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT)), LONGEST_CONTEXT)
     scorer = Scorer(model)
     figures: dict[str, Any] = {}
     shown: dict[str, float] = {}
     if suite.texts:
-        whole = perplexity(score_documents(scorer, tokenizer, list(suite.texts), context=context))
-        figures = {
-            **whole.nats_per_token.as_keys("nats_per_token"),
-            "perplexity": round(whole.perplexity, 4),
-            **whole.bits_per_byte.as_keys("bits_per_byte"),
-            "documents": whole.documents,
-            "tokens": whole.tokens,
-        }
-        shown["bits_per_byte"] = whole.bits_per_byte.mean
-    done = len(suite.texts)
+        figures = _perplexities(scorer, tokenizer, suite, context, team)
+        shown["bits_per_byte"] = figures["bits_per_byte"]
+    done = suite.documents
     begin = [begin_id(tokenizer)] if suite.begin else []
     found: dict[str, dict[str, Any]] = {}
     answers: list[Answer] = []
     for task in suite.tasks:
         answer = fewshot.answer_freely if task.free else fewshot.answer_by_likelihood
         for shots in suite.shots:
-            draws, too_long = [], 0
+            ask = partial(answer, scorer, tokenizer, task.format, context=context, begin=begin)
+            draws: list[list[fewshot.Outcome]] = []
+            too_long = 0
             for number, questions in enumerate(suite.draws_of(task, shots)):
-                draws.append(answer(scorer, tokenizer, task.format, questions, context=context, begin=begin))
-                too_long += len(questions) - len(draws[-1])
+                outcomes = team.share(questions, ask)
+                draws.append([outcome for outcome in outcomes if outcome])
+                too_long += outcomes.count(None)
                 answers += [
                     Answer(task.name, shots, number, o.question.item, o.right, o.logprobs, o.written) for o in draws[-1]
                 ]
@@ -103,6 +114,20 @@ def measure(
                     progress(done, shown)
             found.setdefault(task.name, {})[str(shots)] = _figures(task, shots, draws, too_long, context)
     return Measured({**figures, "fewshot": found}, answers)
+
+
+def _perplexities(
+    scorer: Scorer, tokenizer: PreTrainedTokenizerBase, suite: Suite, context: int, team: Team
+) -> dict[str, Any]:
+    """Of all documents together and of each source, with how they were read."""
+    by_source: dict[str, list[DocumentScore]] = {}
+    for source, texts in suite.texts.items():
+        read = partial(score_documents, scorer, tokenizer, context=context, stride=suite.stride)
+        by_source[source] = team.share(texts, read)
+    found = perplexity([score for scores in by_source.values() for score in scores]).summary()
+    if len(by_source) > 1:
+        found["by_source"] = {source: perplexity(scores).summary() for source, scores in by_source.items()}
+    return {**found, "context": context, "stride": min(suite.stride or context, context)}
 
 
 def _figures(task: Task, shots: int, draws: list[list[fewshot.Outcome]], too_long: int, context: int) -> dict[str, Any]:

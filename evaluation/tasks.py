@@ -223,18 +223,18 @@ def file_tasks(folder: Path, faults: Faults, only: str = "") -> list[Task]:
     Raises DataError for a malformed row or format, where no test file is found, and for a TASK.yaml without one.
     """
     files = sorted([*folder.glob("*.test.jsonl"), *folder.glob("*.test.jsonl.gz")])
+    names = [path.name.split(".test.")[0] for path in files]
+    wanted = [only] if only and only != folder.name else names
+    if not set(wanted) <= set(names):
+        raise DataError(f"no folder {folder / only}, and no file {folder / only}.test.jsonl")
     if not files:
         raise DataError(f"{folder}: no file *.test.jsonl")
-    names = [path.name.split(".test.")[0] for path in files]
     for path in sorted(folder.glob("*.yaml")):
         if path.stem not in names:
             raise DataError(f"{path}: there is no {path.stem}.test.jsonl beside it")
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise DataError(f"{folder}: {', '.join(sorted(twice))}: both .test.jsonl and .test.jsonl.gz")
-    wanted = [only] if only and only != folder.name else names
-    if not set(wanted) <= set(names):
-        raise DataError(f"{folder}: no file {only}.test.jsonl")
     return [_file_task(name, path, faults) for name, path in zip(names, files, strict=True) if name in wanted]
 
 

@@ -17,7 +17,8 @@ from rlhf.rundir import RunDir, no_room
 from rlhf.runtime import visible
 from rlhf.team import DISK_FULL, LOST_CONTACT, Watch, rank_log
 
-TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")  # the stages that more than one process can do
+TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")
+SHARED: tuple[StageName, ...] = (*TRAINING, "evaluate")  # the stages that more than one process can do
 GRACE_SECONDS = 8.0  # what the other ranks have to end by themselves once one is lost
 STOP_SECONDS = 300.0  # what all ranks have to write a checkpoint once they are asked to stop
 LAST_LINES = 15  # of a lost rank's log that are shown
@@ -29,7 +30,7 @@ def run_processes(recipe: Recipe, stage: StageName, run: RunDir, processes: int)
     Raises StageFailed, naming the rank that was lost; SystemExit(2) where the stage has told the user what to mend;
     Interrupted where it was asked to stop. No process is left in any case.
     """
-    processes = processes if stage in TRAINING else 1
+    processes = processes if stage in SHARED else 1
     folder = run.stage(stage).path / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -605,6 +605,12 @@ class EvaluateSection(Section):
     """Perplexity on held-out documents and few-shot accuracy, for every model of the chain."""
 
     texts: tuple[Source, ...] = Field((), description="held-out documents")
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that a window behind the first predicts; fewer see more before them; default: as many as "
+        "it reads",
+    )
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare, take_back
 from rlhf.errors import Interrupted, RlhfError, StageFailed, UserError
 from rlhf.job import Job
-from rlhf.launch import TRAINING, threads_of
+from rlhf.launch import SHARED, threads_of
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
 from rlhf.rundir import RunDir, no_room, write_atomically
 from rlhf.runtime import (
@@ -124,7 +124,7 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
     try:
         if team.is_main:
             failure.unlink(missing_ok=True)
-        alone = stage not in TRAINING
+        alone = stage not in SHARED
         if not alone or team.is_main:
             job = Job(recipe, run, stage, Team() if alone else team, None if alone else watch, meter, interrupts)
             _run_stage(job)

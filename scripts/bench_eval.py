@@ -102,17 +102,17 @@ def measure(kind: str, model_dir: str, data: str, limit: str, shots: str = "0", 
         scorer = Scorer(model)
         for task in known:
             asked = task.questions(int(shots), int(limit), 0)
-            for outcome in fewshot.answer_by_likelihood(
-                scorer, tokenizer, task.format, asked, context=context, begin=[]
-            ):
-                found.append(
-                    {
-                        "task": task.name,
-                        "index": outcome.question.item,
-                        "loglikelihoods": outcome.logprobs,
-                        "right": outcome.right,
-                    }
-                )
+            outcomes = fewshot.answer_by_likelihood(scorer, tokenizer, task.format, asked, context=context, begin=[])
+            found += [
+                {
+                    "task": task.name,
+                    "index": outcome.question.item,
+                    "loglikelihoods": outcome.logprobs,
+                    "right": dict(outcome.right),
+                }
+                for outcome in outcomes
+                if outcome
+            ]
     print(json.dumps({"seconds": time.monotonic() - began, "items": found}))
 
 

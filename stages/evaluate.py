@@ -24,6 +24,7 @@ from rlhf.recipe import EvaluateSection, Recipe, upstream
 from rlhf.rundir import write_atomically, write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
 from rlhf.saver import once
+from rlhf.team import Team
 from rlhf.tokenizer import load_tokenizer
 from stages.common import open_data, report_faults, runs_code
 
@@ -46,13 +47,14 @@ def run(job: Job) -> dict[str, Any]:
     def keep(name: str, measure: Callable[[], Measured]) -> Measured:
         def make(folder: Path) -> dict[str, Any]:
             found = measure()
-            write_details(folder / ANSWERS, found.answers)
+            if job.team.is_main:
+                write_details(folder / ANSWERS, found.answers)
             return found.figures
 
         kept = once(job, f"figures-{name}", make)
         return Measured(kept.facts, read_details(kept.path / ANSWERS))
 
-    results, parameters = _measure_all(recipe, models, keep)
+    results, parameters = _measure_all(recipe, models, keep, job.team)
     return {"parameters": parameters, **results}
 
 
@@ -67,7 +69,7 @@ def evaluate_directories(recipe: Recipe, directories: list[str], output: Path | 
 
     with quiet_libraries():
         seed_everything(derive_seed(recipe.seed, "evaluate"))
-        results, _ = _measure_all(recipe, {directory: directory for directory in directories}, keep)
+        results, _ = _measure_all(recipe, {directory: directory for directory in directories}, keep, Team())
     if output:
         write_json(output, results)
         log(f"written to {output}")
@@ -89,23 +91,25 @@ def read_details(path: Path) -> list[Answer]:
 
 
 def _measure_all(
-    recipe: Recipe, models: dict[str, str], keep: Callable[[str, Callable[[], Measured]], Measured]
+    recipe: Recipe, models: dict[str, str], keep: Callable[[str, Callable[[], Measured]], Measured], team: Team
 ) -> tuple[dict[str, Any], int]:
     """The figures of every model and how they compare, and the parameters of the last; `keep` may know some already."""
     settings = recipe.evaluate
     assert settings is not None
     section = settings.fewshot
-    texts: list[str] = []
-    if settings.texts:
-        dataset = open_data(recipe, "evaluate", settings.texts, "texts", "test")
-        texts = list(dataset)
+    texts: dict[str, list[str]] = {}
+    for source in settings.texts:
+        dataset = open_data(recipe, "evaluate", (source,), "texts", "test")
+        texts.setdefault(str(source), []).extend(dataset)
         report_faults(dataset)
     seed = derive_seed(recipe.seed, "evaluate", "items")
     found = _tasks(recipe, settings)
-    suite = Suite(texts, found, section.shots, section.items, section.draws, seed, section.begin)
+    suite = Suite(
+        texts, found, section.shots, section.items, section.draws, seed, section.begin, stride=settings.stride
+    )
     log(
-        f"evaluate: {len(models)} models; {len(texts):,} documents; {len(found)} tasks at "
-        f"{', '.join(map(str, section.shots))} demonstrations, {suite.size - len(texts):,} questions"
+        f"evaluate: {len(models)} models; {suite.documents:,} documents; {len(found)} tasks at "
+        f"{', '.join(map(str, section.shots))} demonstrations, {suite.size - suite.documents:,} questions"
     )
     measured: dict[str, Measured] = {}
     parameters = 0
@@ -117,7 +121,7 @@ def _measure_all(
         parameters = count_parameters(model)
         with Bar(f"evaluate {name}", suite.size) as bar:
             show = partial(_show, bar)
-            measured[name] = keep(name, partial(measure, model, tokenizer, suite, show))
+            measured[name] = keep(name, partial(measure, model, tokenizer, suite, show, team))
     results = {name: each.figures for name, each in measured.items()}
     _print_table(results, section.shots)
     metrics = {task.name: fewshot.main_metric(task) for task in found}

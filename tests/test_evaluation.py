@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +28,12 @@ from evaluation.fewshot import (
 )
 from evaluation.perplexity import DocumentScore, perplexity, rolling_windows, score_documents
 from evaluation.scoring import Request, Scorer, length_batches, shared_beginning
+from evaluation.suite import Answer, compare
 from evaluation.tasks import FileTask, Question, TaskFormat, TinyworldTask, file_tasks, tinyworld_tasks
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, StageFailed, UserError
 from rlhf.tinyworld.documents import documents
-from tests.conftest import CONTEXT, SHARED_DATA, VOCAB_SIZE
+from tests.conftest import CONTEXT, SHARED_DATA, TINY_RECIPE, VOCAB_SIZE, rlhf
 
 FEWSHOT = SHARED_DATA / "fewshot"
 MALFORMED_TASK = SHARED_DATA / "malformed" / "fewshot_bad_answer.jsonl"
@@ -157,6 +159,16 @@ def test_every_token_is_predicted_once_from_the_ones_right_before_it(context: in
         assert inputs[-1] == targets[-1] - 1
 
 
+@given(context=st.integers(2, 20), stride=st.integers(1, 25), length=st.integers(1, 90))
+def test_a_stride_leaves_each_token_so_much_to_see(context: int, stride: int, length: int) -> None:
+    windows = rolling_windows(list(range(length)), -1, context, stride)
+    assert [target for window in windows for target in window.targets] == list(range(length))
+    for inputs, targets in windows[1:]:
+        assert len(inputs) == context
+        assert len(targets) <= min(stride, context)
+        assert inputs[-1] == targets[-1] - 1
+
+
 def naive_nats(model: PreTrainedModel, ids: list[int], begin: int, context: int) -> float:
     """Token by token: blocks of `context` tokens, each read from as far back as the block's last pass can reach."""
     sequence = [begin, *ids]
@@ -213,6 +225,9 @@ def test_perplexity_by_hand() -> None:
     # residuals 8 ln2 - 1.5 ln2 * 4 = 2 ln2 and -2 ln2; sqrt(2/1 * 8 ln2^2) / 8 = ln2 / 2
     assert found.nats_per_token.high - found.nats_per_token.mean == pytest.approx(1.959964 * ln2 / 2)
     assert (found.tokens, found.documents) == (8, 2)
+    summary = perplexity([DocumentScore(8 * ln2, 4, 8, 2), DocumentScore(4 * ln2, 4, 4, 1)]).summary()
+    assert summary["byte_perplexity"] == 2.0
+    assert summary["word_perplexity"] == 16.0  # 12 bits over 3 words
 
 
 def test_hopeless_documents_have_a_finite_perplexity_and_none_at_all_is_an_error() -> None:
@@ -303,7 +318,9 @@ def questions_of_many_kinds() -> list[Question]:
 
 def asked_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, asked: list[Question], context: int = CONTEXT) -> Any:
     style = TaskFormat()
-    return answer_by_likelihood(scorer, tokenizer, style, asked, context=context, begin=[tokenizer.bos_token_id])
+    found = answer_by_likelihood(scorer, tokenizer, style, asked, context=context, begin=[tokenizer.bos_token_id])
+    assert len(found) == len(asked)
+    return [outcome for outcome in found if outcome]
 
 
 def share_right(outcomes: Any, metric: str = "acc") -> float:
@@ -380,7 +397,7 @@ def test_the_length_of_a_choice_counts_by_character_and_by_byte() -> None:
 def test_without_begin_nothing_stands_before_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     question = Question("ab", ("Z",), 0, ())
     for begin in ([], [tokenizer.bos_token_id]):
-        ((request,),) = [r for r in encode_questions(tokenizer, [question], context=9, begin=begin).requests if r]
+        ((request,),) = [found for found in encode_questions(tokenizer, [question], context=9, begin=begin) if found]
         assert request.context == [*begin, *tokenizer("ab", add_special_tokens=False)["input_ids"]]
 
 
@@ -595,7 +612,7 @@ def test_a_task_of_free_answers(folder: Path) -> None:
         "Input: 1 + 2\nOutput: 3\n\nInput: 1 + 1\nOutput:", (), -1, ("3",), "2"
     )
     assert [task.name for task in file_tasks(folder, Faults(), "sums")] == ["sums"]
-    with pytest.raises(DataError, match=r"no file moods\.test\.jsonl"):
+    with pytest.raises(DataError, match=r"no file .*moods\.test\.jsonl"):
         file_tasks(folder, Faults(), "moods")
     write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": " "})
     with pytest.raises(DataError, match=r"line 1: `target` must be text, and not empty"):
@@ -634,3 +651,66 @@ def test_the_shared_malformed_task_keeps_its_two_good_rows(tmp_path: Path) -> No
     assert faults.counts == {str(path): 9}
     with pytest.raises(DataError, match=r"bad\.test\.jsonl, line 2: "):
         file_tasks(tmp_path, Faults("error"))
+
+
+# The suite
+
+
+def test_two_processes_give_the_numbers_of_one(finished_chain: Path, tmp_path: Path, folder: Path) -> None:
+    write_rows(folder / "sums.test.jsonl", *({"input": f"1 + {i}", "target": f"{1 + i}"} for i in range(5)))
+    write_rows(folder / "sums.train.jsonl", {"input": "1 + 2", "target": "3"}, {"input": "1 + 3", "target": "4"})
+    write_rows(folder / "more.jsonl", {"text": "The opposite of hot is cold."}, {"text": "你好 -> hello"})
+    found = []
+    for processes in ("1", "2"):
+        home = tmp_path / processes
+        shutil.copytree(finished_chain / "runs/tiny", home / "runs/tiny", ignore=shutil.ignore_patterns("evaluate"))
+        rlhf(
+            *("run", "evaluate", "--recipe", str(TINY_RECIPE), "--processes", processes, f"data.root={folder}"),
+            f"evaluate.fewshot.tasks=[tinyworld, {folder}]",
+            "evaluate.fewshot.shots=[0, 2, 3]",
+            "evaluate.fewshot.draws=2",
+            "evaluate.texts=[{builtin: tinyworld, rows: 9}, {path: more.jsonl}]",
+            "evaluate.stride=32",
+            cwd=home,
+        )
+        found.append(json.loads((home / "runs/tiny/evaluate/summary.json").read_text()))
+    one, two = (each["models"]["sft"] for each in found)
+    assert one["fewshot"] == two["fewshot"]
+    assert found[0]["differences"] == found[1]["differences"]
+    assert one["nats_per_token"] == pytest.approx(two["nats_per_token"], abs=2e-6)
+    assert set(one["by_source"]) == {"builtin:tinyworld", "more.jsonl"}
+    assert one["stride"] == 32
+    assert one["fewshot"]["sums"]["3"] == {"not_available": "the task has 2 demonstrations, fewer than 3"}
+    assert len(one["fewshot"]["mood"]["2"]["draws"]) == 2
+    assert one["fewshot"]["sums"]["0"]["metric"] == "exact_match"
+
+
+def test_models_are_compared_item_by_item() -> None:
+    def answers(*right: bool) -> list[Answer]:
+        return [Answer("mood", 0, 0, item, {"acc": r}, (), "") for item, r in enumerate(right)]
+
+    better, worse = answers(*[True] * 30, *[False] * 10), answers(*[True] * 20, *[False] * 20)
+    found = compare(better, worse, {"mood": "acc"})["mood"]["0"]
+    assert found["difference"] == 0.25
+    low, high = found["difference_ci95"]
+    assert 0.1 <= low < 0.25 < high <= 0.4  # the standard error of 10 in 40 is 0.068
+    assert compare(better, better, {"mood": "acc"})["mood"]["0"]["difference_ci95"] == [0.0, 0.0]
+
+
+def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_path: Path, folder: Path) -> None:
+    model = finished_chain / "runs/tiny/sft/model"
+    options = ("--tasks", f"{folder}/mood", "--shots", "0,3", "--output", "found.json", "--details", "answers.jsonl")
+    said = rlhf("evaluate", str(model), *options, cwd=tmp_path)
+    assert "few-shot accuracy by number of demonstrations" in said
+    found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
+    assert list(found) == ["fewshot"]
+    assert {shots: figures["items"] for shots, figures in found["fewshot"]["mood"].items()} == {"0": 4, "3": 4}
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    assert {"model", "task", "shots", "item", "right", "logprobs"} <= lines[0].keys()
+    write_rows(folder / "texts.jsonl", {"text": "cold"})
+    rlhf("evaluate", str(model), "--texts", f"{folder}/texts.jsonl", "--output", "found.json", cwd=tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
+    assert (found["documents"], found["fewshot"]) == (1, {})
+    refused = rlhf("evaluate", str(model), "--tasks", f"{folder}/mod", cwd=tmp_path, code=2)
+    assert f"no folder {folder}/mod, and no file {folder}/mod.test.jsonl" in refused
