@@ -7,6 +7,7 @@ A row has `input` and mostly `instruction`, and either `choices` with `answer` (
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -128,16 +129,21 @@ class TinyworldTask(NamedTuple):
     def questions(self, shots: int, n: int, seed: int, draw: int = 0) -> list[Question]:
         """See Task. The prompts are part of no training document."""
         _check_shots(self, shots)
-        return [
-            Question(
-                f"{incontext.lines(item.instruction, list(item.demonstrations))}\n{item.input} ->",
-                item.choices,
-                item.answer,
-                tuple(answer for _, answer in item.demonstrations),
-                item=number,
-            )
-            for number, item in enumerate(incontext.items(self.name, shots, n, seed))
-        ]
+        return list(_tinyworld_questions(self.name, shots, n, seed))
+
+
+@lru_cache(maxsize=64)  # they take a while to make, and every model is asked the same
+def _tinyworld_questions(name: str, shots: int, n: int, seed: int) -> tuple[Question, ...]:
+    return tuple(
+        Question(
+            f"{incontext.lines(item.instruction, list(item.demonstrations))}\n{item.input} ->",
+            item.choices,
+            item.answer,
+            tuple(answer for _, answer in item.demonstrations),
+            item=number,
+        )
+        for number, item in enumerate(incontext.items(name, shots, n, seed))
+    )
 
 
 def tinyworld_tasks() -> list[Task]:
