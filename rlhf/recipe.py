@@ -516,7 +516,12 @@ class PpoSection(Section):
     critic_from: Literal["reward", "policy"] | None = Field(
         None, description="the weights that the critic starts from; default: the reward model where it fits"
     )
-    critic_warmup: int = Field(0, ge=0, description="first updates in which only the critic learns")
+    critic_warmup: int | None = Field(
+        None,
+        ge=0,
+        description="first updates in which only the critic learns; default: none; in layout shared, whose critic "
+        "knows nothing at first, a tenth of the updates, 2 at most",
+    )
     kl: KlSection = Field(default=KlSection(), description="what keeps the policy near the reference")
     score: ScoreSection = Field(default=ScoreSection(), description="scaling and clipping of scores")
     clip_ratio: float = Field(0.2, gt=0, description="epsilon of the clipped policy loss")
@@ -552,7 +557,7 @@ class PpoSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> PpoSection:
-        if self.critic_warmup >= self.updates:
+        if self.critic_warmup is not None and self.critic_warmup >= self.updates:
             raise ValueError(f"critic_warmup {self.critic_warmup} leaves none of {self.updates} updates to the policy")
         if self.episodes_per_update % self.minibatches:
             raise ValueError(

@@ -455,3 +455,24 @@ def test_learning_rates_fall_linearly_and_the_critic_learns_faster() -> None:
 @pytest.mark.parametrize(("layout", "expected"), [("full", 0.5), ("shared", 0.01)])
 def test_on_a_shared_trunk_the_value_loss_counts_less(layout: str, expected: float) -> None:
     assert make_learner(settings(layout=layout, value_coefficient=None))._value_coefficient == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "updates", "asked", "expected"),
+    [("full", 20, None, 0), ("shared", 20, None, 2), ("shared", 2, None, 0), ("shared", 20, 0, 0), ("full", 20, 3, 3)],
+)
+def test_a_critic_that_knows_nothing_learns_first(layout: str, updates: int, asked: int | None, expected: int) -> None:
+    learner = make_learner(settings(layout=layout, updates=updates, critic_warmup=asked))
+    assert learner._warmup == expected
+    trajectory = evaluated(learner, drawn(learner), [1.0] * 6)
+    policy = [parameter.detach().clone() for parameter in learner._setup.roles.actors.policy_parameters()]
+    critic = [parameter.detach().clone() for parameter in learner._setup.roles.actors.critic_parameters()]
+    learner._optimise(trajectory, 0)
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(now, before, strict=True))
+        for now, before in (
+            (learner._setup.roles.actors.policy_parameters(), policy),
+            (learner._setup.roles.actors.critic_parameters(), critic),
+        )
+    ]
+    assert moved == [expected == 0, True]

@@ -24,6 +24,7 @@ from stages.ppo.rollout import Rollout, Setup, shaped
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
 CRITIC_RATE = 5.0  # times the policy's, by default
 VALUE_COEFFICIENT, ON_A_SHARED_TRUNK = 0.5, 0.01  # by default
+WARMUP_ON_A_SHARED_TRUNK = 2  # updates, by default
 
 Texts = Callable[[int], Tensor]  # the rows of pretraining text, ids [n, L + 1], of an optimiser step
 
@@ -58,6 +59,8 @@ class Learner:
             "policy": s.learning_rate,
             "critic": s.critic_learning_rate or CRITIC_RATE * s.learning_rate,
         }
+        by_default = min(WARMUP_ON_A_SHARED_TRUNK, s.updates // 10) if s.layout == "shared" else 0
+        self._warmup = by_default if s.critic_warmup is None else s.critic_warmup
         self._value_coefficient = s.value_coefficient
         if s.value_coefficient is None:
             self._value_coefficient = ON_A_SHARED_TRUNK if s.layout == "shared" else VALUE_COEFFICIENT
@@ -248,7 +251,7 @@ class Learner:
                 part.forget_gradients()
                 return figures, True
             for who, optimizer in part.optimizers.items():
-                if who == "critic" or number >= s.critic_warmup:
+                if who == "critic" or number >= self._warmup:
                     optimizer.step()
             part.forget_gradients()
         return figures, False
