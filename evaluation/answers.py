@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -29,12 +29,11 @@ def write_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     style: TaskFormat,
-    progress: Callable[[int], None] | None = None,
 ) -> list[Written]:
     """The likeliest token after the likeliest, up to an end token, one of the format's stop texts or its length."""
     # of equally likely tokens the one with the lowest id is taken: the cumulative probability passes 0 there
     drawing = Drawing(style.max_tokens, top_k=1, stop=style.stop)
-    engine = build_engine(model, tokenizer, drawing, end_ids=end_ids(model, tokenizer), progress=progress)
+    engine = build_engine(model, tokenizer, drawing, end_ids=end_ids(model, tokenizer))
     found = engine.generate(prompts, np.zeros((len(prompts), style.max_tokens)))
     return [
         Written(cut_at_stop(tokenizer.decode(each.ids, skip_special_tokens=True), style.stop), each.ended)

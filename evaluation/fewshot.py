@@ -19,9 +19,17 @@ from rlhf.functional.bootstrap import bootstrap_estimate
 from rlhf.functional.intervals import clustered_estimate
 from rlhf.tokenizer import encode_texts
 
-Progress = Callable[[int], None]
 Sizes = Callable[[str], int]
 SIZES: dict[Metric, Sizes] = {"acc": lambda _: 1, "acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
+
+
+class Reader(NamedTuple):
+    """Who is asked, and how: what all questions have in common."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    context: int  # tokens that are read at most
+    begin: Sequence[int]  # the ids before every prompt
 
 
 class Outcome(NamedTuple):
@@ -33,18 +41,12 @@ class Outcome(NamedTuple):
     written: str = ""  # the free answer
 
 
-def encode_questions(
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    *,
-    context: int,
-    begin: Sequence[int],
-    delimiter: str = " ",
-) -> list[list[Request] | None]:
+def encode_questions(reader: Reader, questions: Sequence[Question], delimiter: str = " ") -> list[list[Request] | None]:
     """A request for each choice of each question: both are encoded together, and cut where the prompt ends.
 
-    `begin` are the ids before every prompt. A question that needs more than `context` tokens is None: it is never cut.
+    A question that needs more than the context's tokens is None: it is never cut.
     """
+    _, tokenizer, context, begin = reader
     prompts = encode_texts(tokenizer, [question.prompt for question in questions])
     wholes = iter(
         encode_texts(tokenizer, [f"{q.prompt}{delimiter}{choice}" for q in questions for choice in q.choices])
@@ -60,19 +62,10 @@ def encode_questions(
     return requests
 
 
-def answer_by_likelihood(
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    style: TaskFormat,
-    questions: Sequence[Question],
-    *,
-    context: int,
-    begin: Sequence[int],
-    progress: Progress | None = None,
-) -> list[Outcome | None]:
+def answer_by_likelihood(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:
     """What the model takes for right, question by question; None where one doesn't fit the context."""
-    requests = encode_questions(tokenizer, questions, context=context, begin=begin, delimiter=style.delimiter)
-    logprobs = iter(scorer.logprobs([request for found in requests if found for request in found], progress))
+    requests = encode_questions(reader, questions, style.delimiter)
+    logprobs = iter(reader.scorer.logprobs([request for found in requests if found for request in found]))
     outcomes: list[Outcome | None] = []
     for question, found in zip(questions, requests, strict=True):
         scores = tuple(next(logprobs) for _ in found or ())
@@ -80,21 +73,13 @@ def answer_by_likelihood(
     return outcomes
 
 
-def answer_freely(
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    style: TaskFormat,
-    questions: Sequence[Question],
-    *,
-    context: int,
-    begin: Sequence[int],
-    progress: Progress | None = None,
-) -> list[Outcome | None]:
+def answer_freely(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:
     """What the model writes, question by question; None where the context has no room for the answer."""
+    scorer, tokenizer, context, begin = reader
     prompts = [[*begin, *ids] for ids in encode_texts(tokenizer, [question.prompt for question in questions])]
     fits = [len(ids) + style.max_tokens <= context for ids in prompts]
     asked = [ids for ids, fitting in zip(prompts, fits, strict=True) if fitting]
-    written = iter(write_answers(scorer.model, tokenizer, asked, style, progress))
+    written = iter(write_answers(scorer.model, tokenizer, asked, style))
     outcomes: list[Outcome | None] = []
     for question, fitting in zip(questions, fits, strict=True):
         text = next(written).text if fitting else ""

@@ -93,13 +93,13 @@ def measure(
         figures = _perplexities(scorer, tokenizer, suite, context, team)
         shown["bits_per_byte"] = figures["bits_per_byte"]
     done = suite.documents
-    begin = [begin_id(tokenizer)] if suite.begin else []
+    reader = fewshot.Reader(scorer, tokenizer, context, [begin_id(tokenizer)] if suite.begin else [])
     found: dict[str, dict[str, Any]] = {}
     answers: list[Answer] = []
     for task in suite.tasks:
         answer = fewshot.answer_freely if task.free else fewshot.answer_by_likelihood
         for shots in suite.shots:
-            ask = partial(answer, scorer, tokenizer, task.format, context=context, begin=begin)
+            ask = partial(answer, reader, task.format)
             draws: list[list[fewshot.Outcome]] = []
             too_long = 0
             for number, questions in enumerate(suite.draws_of(task, shots)):

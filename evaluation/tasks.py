@@ -11,13 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlhf.data import reader
 from rlhf.data.reader import Faults, read_rows
 from rlhf.data.rows import is_text
-from rlhf.errors import DataError, UserError
+from rlhf.errors import DataError, RecipeError, UserError
+from rlhf.recipe import read_yaml
 from rlhf.tinyworld import incontext
 from rlhf.tinyworld.words import Draw
 
@@ -272,9 +272,9 @@ def _format(path: Path) -> TaskFormat:
     if not path.exists():
         return TaskFormat()
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{path}: no YAML: {' '.join(str(error).split())[:200]}") from None
+        value = read_yaml(path, "task's format")
+    except RecipeError as error:
+        raise DataError(str(error)) from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: must be keys with values, such as `metric: acc_norm`")
     try:

@@ -791,7 +791,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) 
     Raises RecipeError with the file, the key, what was expected and the nearest right name.
     """
     path = find_recipe(name_or_path)
-    raw = _read_yaml(path)
+    raw = _read_recipe(path)
     for override in overrides:
         _apply(raw, override)
     return parse_recipe(raw, f"{path} with {' '.join(overrides)}" if overrides else str(path))
@@ -845,29 +845,34 @@ def find_recipe(name_or_path: str) -> Path:
 MAX_RECIPE_BYTES = 1_000_000
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
+    raw = read_yaml(path, "recipe")
+    if raw is None:
+        raise RecipeError(f"{path}: empty; a recipe has at least `name` and a section for each of its `stages`")
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
+    return raw
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The plain values of a YAML file: no tags, no key twice. Raises RecipeError, which says that it is no `what`."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_RECIPE_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: can't be read: {error.strerror}") from None
     if len(data) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES:,} bytes, so not a recipe")
+        raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES:,} bytes, so not a {what}")
     try:
         text = data.decode("utf-8-sig")
-        raw = yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}), so not a recipe") from None
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}), so not a {what}") from None
     except yaml.YAMLError as error:
         why = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
         raise RecipeError(f"{path}: not valid YAML: {why}") from None
     except (ValueError, RecursionError) as error:  # a date out of range, a thousand brackets
         raise RecipeError(f"{path}: not valid YAML: {error or 'nested too deeply'}") from None
-    if raw is None:
-        raise RecipeError(f"{path}: empty; a recipe has at least `name` and a section for each of its `stages`")
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
-    return raw
 
 
 _SCALARS = {  # what counts as more than text, as YAML 1.2 has it: no 1:30, no 010, no yes; 1e-4 is a number

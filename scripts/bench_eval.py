@@ -99,10 +99,9 @@ def measure(kind: str, model_dir: str, data: str, limit: str, shots: str = "0", 
     else:
         known = [task for task in tasks.file_tasks(Path(data), Faults()) if task.name in names.split(",")]
         began = time.monotonic()
-        scorer = Scorer(model)
+        reader = fewshot.Reader(Scorer(model), tokenizer, context, [])
         for task in known:
-            asked = task.questions(int(shots), int(limit), 0)
-            outcomes = fewshot.answer_by_likelihood(scorer, tokenizer, task.format, asked, context=context, begin=[])
+            outcomes = fewshot.answer_by_likelihood(reader, task.format, task.questions(int(shots), int(limit), 0))
             found += [
                 {
                     "task": task.name,

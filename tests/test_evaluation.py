@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from evaluation.answers import is_right, write_answers
 from evaluation.fewshot import (
     Outcome,
+    Reader,
     _right,
     answer_by_likelihood,
     chance_level,
@@ -318,7 +319,7 @@ def questions_of_many_kinds() -> list[Question]:
 
 def asked_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, asked: list[Question], context: int = CONTEXT) -> Any:
     style = TaskFormat()
-    found = answer_by_likelihood(scorer, tokenizer, style, asked, context=context, begin=[tokenizer.bos_token_id])
+    found = answer_by_likelihood(Reader(scorer, tokenizer, context, [tokenizer.bos_token_id]), style, asked)
     assert len(found) == len(asked)
     return [outcome for outcome in found if outcome]
 
@@ -397,7 +398,7 @@ def test_the_length_of_a_choice_counts_by_character_and_by_byte() -> None:
 def test_without_begin_nothing_stands_before_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     question = Question("ab", ("Z",), 0, ())
     for begin in ([], [tokenizer.bos_token_id]):
-        ((request,),) = [found for found in encode_questions(tokenizer, [question], context=9, begin=begin) if found]
+        ((request,),) = [r for r in encode_questions(Reader(plain(uniform()), tokenizer, 9, begin), [question]) if r]
         assert request.context == [*begin, *tokenizer("ab", add_special_tokens=False)["input_ids"]]
 
 
@@ -523,7 +524,8 @@ def test_braces_in_a_row_are_text(tmp_path: Path) -> None:
         ("metrik: acc", "metrik: Extra inputs are not permitted (known: version,"),
         ("metric: best", "metric: Input should be 'acc'"),
         ("- a list", "must be keys with values"),
-        ("a: [1", "no YAML: "),
+        ("a: [1", "not valid YAML: "),
+        ("version: 1\nversion: 2", "not valid YAML: "),
         ('item: "{question}"', "line 1: no text `question`, which the task's format asks for"),
         ('demonstration: "{input}"', "`demonstration` shows no answer: write {answer} where it stands"),
         ("metric: exact_match", "exact_match needs free answers"),
