@@ -5,6 +5,7 @@ which are shown, and in what order, moves a small model's accuracy by far more t
 arXiv:2104.08786).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
@@ -20,6 +21,7 @@ from rlhf.functional.intervals import clustered_estimate
 from rlhf.tokenizer import encode_texts
 
 Sizes = Callable[[str], int]
+LEAST = -700.0  # nats: a choice less likely than that where nothing is asked counts as this likely there
 SIZES: dict[Metric, Sizes] = {"acc": lambda _: 1, "acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
@@ -30,6 +32,7 @@ class Reader(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     context: int  # tokens that are read at most
     begin: Sequence[int]  # the ids before every prompt
+    calibrate: bool = False  # whether choices are compared with their probability where nothing is asked, too
 
 
 class Outcome(NamedTuple):
@@ -46,7 +49,7 @@ def encode_questions(reader: Reader, questions: Sequence[Question], delimiter: s
 
     A question that needs more than the context's tokens is None: it is never cut.
     """
-    _, tokenizer, context, begin = reader
+    tokenizer, context, begin = reader.tokenizer, reader.context, reader.begin
     prompts = encode_texts(tokenizer, [question.prompt for question in questions])
     wholes = iter(
         encode_texts(tokenizer, [f"{q.prompt}{delimiter}{choice}" for q in questions for choice in q.choices])
@@ -66,16 +69,54 @@ def answer_by_likelihood(reader: Reader, style: TaskFormat, questions: Sequence[
     """What the model takes for right, question by question; None where one doesn't fit the context."""
     requests = encode_questions(reader, questions, style.delimiter)
     logprobs = iter(reader.scorer.logprobs([request for found in requests if found for request in found]))
-    outcomes: list[Outcome | None] = []
-    for question, found in zip(questions, requests, strict=True):
-        scores = tuple(next(logprobs) for _ in found or ())
-        outcomes.append(Outcome(question, _right(question, scores), scores) if found else None)
-    return outcomes
+    scores = [tuple(next(logprobs) for _ in found or ()) for found in requests]
+    outcomes = [
+        Outcome(question, _right(question, found), found) if found else None
+        for question, found in zip(questions, scores, strict=True)
+    ]
+    return _calibrated(reader, style, outcomes) if reader.calibrate or style.metric == "acc_calibrated" else outcomes
+
+
+def _calibrated(reader: Reader, style: TaskFormat, outcomes: Sequence[Outcome | None]) -> list[Outcome | None]:
+    """The outcomes with `acc_calibrated`: choices are compared over their probability where nothing is asked.
+
+    Zhao et al. 2021 (arXiv:2102.09690), section 5: argmax p(choice) / p_cf(choice), with p_cf the mean over inputs
+    without content of the choices' shares. What is alike in many questions, as all such prompts are in a task whose
+    items share demonstrations and choices, is asked once.
+    """
+    asked = [outcome.question for outcome in outcomes if outcome]
+    empties = list(dict.fromkeys((prompt, question.choices) for question in asked for prompt in question.empty))
+    requests = encode_questions(reader, [Question(*empty, 0, ()) for empty in empties], style.delimiter)
+    logprobs = iter(reader.scorer.logprobs([request for found in requests if found for request in found]))
+    shares = {
+        empty: _shares([next(logprobs) for _ in found]) if found else None
+        for empty, found in zip(empties, requests, strict=True)
+    }
+    calibrated: list[Outcome | None] = []
+    for outcome in outcomes:
+        question = outcome.question if outcome else None
+        priors = [shares[prompt, question.choices] for prompt in question.empty] if question else []
+        known = [prior for prior in priors if prior]
+        if outcome is None or question is None or len(known) < len(priors):
+            calibrated.append(None)  # one without content is longer than the item, and doesn't fit
+            continue
+        prior = [max(math.log(mean), LEAST) if (mean := fmean(of)) > 0 else LEAST for of in zip(*known, strict=True)]
+        values = [score - before for score, before in zip(outcome.logprobs, prior, strict=True)]
+        right = {**outcome.right, "acc_calibrated": values.index(max(values)) == question.answer}
+        calibrated.append(outcome._replace(right=right))
+    return calibrated
+
+
+def _shares(logprobs: Sequence[float]) -> list[float]:
+    """The softmax."""
+    most = max(logprobs)
+    weights = [math.exp(value - most) for value in logprobs]
+    return [weight / sum(weights) for weight in weights]
 
 
 def answer_freely(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:
     """What the model writes, question by question; None where the context has no room for the answer."""
-    scorer, tokenizer, context, begin = reader
+    scorer, tokenizer, context, begin, _ = reader
     prompts = [[*begin, *ids] for ids in encode_texts(tokenizer, [question.prompt for question in questions])]
     fits = [len(ids) + style.max_tokens <= context for ids in prompts]
     asked = [ids for ids, fitting in zip(prompts, fits, strict=True) if fitting]

@@ -6,13 +6,13 @@ Comparisons of one prompt are not independent, so every interval is over prompts
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.words import words_of
 from rlhf.functional.intervals import Estimate, clustered_estimate, proportion_estimate
 
 BINS = 10  # of equal width, over confidences from 0.5 to 1
@@ -256,13 +256,6 @@ def _sigmoid(values: Any) -> Any:
 
 
 # What meets the eye
-
-_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W\u3400-\u9fff\uf900-\ufaff]+")  # a Chinese sign is a word
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case; each Chinese sign is one."""
-    return [word.lower() for word in _WORD.findall(text)]
 
 
 def _repeated(prompt: str, text: str) -> float:

@@ -85,6 +85,27 @@ class Scorer:
                 progress(answered)
         return found
 
+    @torch.inference_mode()
+    def matches(self, requests: Sequence[Request]) -> list[int]:
+        """How many tokens of each continuation, from its first on, are the likeliest ones after those before them.
+
+        A continuation of which all are is what greedy decoding writes.
+        """
+        rows = [[*context, *continuation[:-1]] for context, continuation in requests]
+        found = [0] * len(requests)
+        for batch in length_batches([len(row) for row in rows], self._budget):
+            longest = max(len(rows[number]) for number in batch)
+            ids = torch.tensor(
+                [rows[number] + [0] * (longest - len(rows[number])) for number in batch], device=self.model.device
+            )
+            states = self._reader.states(ids)
+            for row, number in enumerate(batch):
+                context, continuation = requests[number]
+                places = states[row, len(context) - 1 : len(rows[number])]
+                right = self._reader.likeliest(places) == torch.tensor(continuation, device=places.device)
+                found[number] = int(right.long().cumprod(0).sum())
+        return found
+
     def _rows(self, requests: Sequence[Request], beginning: int) -> list[Row]:
         """One row for each context, or for each continuation that is longer than what it would share."""
         trunks: dict[tuple[int, ...], Branches] = {}

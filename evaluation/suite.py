@@ -34,6 +34,7 @@ class Suite(NamedTuple):
     seed: int = 0  # of the draws
     begin: bool = True  # whether BOS stands before every prompt; it always does before a text
     stride: int | None = None  # tokens that a window behind the first predicts; None: as many as it reads
+    calibrate: bool = False  # whether choices are also compared with their probability where nothing is asked
 
     def draws_of(self, task: Task, shots: int) -> Iterator[list[Question]]:
         """The questions of each draw; none where the task has too few demonstrations."""
@@ -71,6 +72,12 @@ class Measured(NamedTuple):
 
     figures: dict[str, Any]
     answers: list[Answer]
+    documents: dict[str, list[DocumentScore]]  # by source
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens of a text or a prompt are read at a time."""
+    return min(int(getattr(model.config, "max_position_embeddings", None) or LONGEST_CONTEXT), LONGEST_CONTEXT)
 
 
 def measure(
@@ -85,15 +92,17 @@ def measure(
     The processes of a `team` share the work, and all have all results.
     """
     team = team or Team()
-    context = min(int(getattr(model.config, "max_position_embeddings", LONGEST_CONTEXT)), LONGEST_CONTEXT)
+    context = context_of(model)
     scorer = Scorer(model)
     figures: dict[str, Any] = {}
     shown: dict[str, float] = {}
+    read = partial(score_documents, scorer, tokenizer, context=context, stride=suite.stride)
+    documents = {source: team.share(texts, read) for source, texts in suite.texts.items()}
     if suite.texts:
-        figures = _perplexities(scorer, tokenizer, suite, context, team)
+        figures = {**_perplexities(documents), "context": context, "stride": min(suite.stride or context, context)}
         shown["bits_per_byte"] = figures["bits_per_byte"]
     done = suite.documents
-    reader = fewshot.Reader(scorer, tokenizer, context, [begin_id(tokenizer)] if suite.begin else [])
+    reader = fewshot.Reader(scorer, tokenizer, context, [begin_id(tokenizer)] if suite.begin else [], suite.calibrate)
     found: dict[str, dict[str, Any]] = {}
     answers: list[Answer] = []
     for task in suite.tasks:
@@ -113,21 +122,15 @@ def measure(
                 if progress:
                     progress(done, shown)
             found.setdefault(task.name, {})[str(shots)] = _figures(task, shots, draws, too_long, context)
-    return Measured({**figures, "fewshot": found}, answers)
+    return Measured({**figures, "fewshot": found}, answers, documents)
 
 
-def _perplexities(
-    scorer: Scorer, tokenizer: PreTrainedTokenizerBase, suite: Suite, context: int, team: Team
-) -> dict[str, Any]:
-    """Of all documents together and of each source, with how they were read."""
-    by_source: dict[str, list[DocumentScore]] = {}
-    for source, texts in suite.texts.items():
-        read = partial(score_documents, scorer, tokenizer, context=context, stride=suite.stride)
-        by_source[source] = team.share(texts, read)
+def _perplexities(by_source: Mapping[str, list[DocumentScore]]) -> dict[str, Any]:
+    """Of all documents together and of each source."""
     found = perplexity([score for scores in by_source.values() for score in scores]).summary()
     if len(by_source) > 1:
         found["by_source"] = {source: perplexity(scores).summary() for source, scores in by_source.items()}
-    return {**found, "context": context, "stride": min(suite.stride or context, context)}
+    return found
 
 
 def _figures(task: Task, shots: int, draws: list[list[fewshot.Outcome]], too_long: int, context: int) -> dict[str, Any]:
@@ -160,3 +163,28 @@ def _by_item(answers: Sequence[Answer], metrics: Mapping[str, str]) -> dict[tupl
         key = answer.task, answer.shots, answer.item
         found.setdefault(key, []).append(float(answer.right[metrics[answer.task]]))
     return found
+
+
+def add_overlap(
+    measured: Measured, overlaps: Mapping[str, Sequence[bool | None]], metrics: Mapping[str, str]
+) -> Measured:
+    """The figures with, beside each accuracy, the share of its items that occur in training and the accuracy without.
+
+    `overlaps` says of each task's items whether they occur there, None where that can't be told: these count as clean.
+    """
+    of_item = _by_item(measured.answers, metrics)
+    found: dict[str, dict[str, Any]] = {}
+    for task, by_shots in measured.figures["fewshot"].items():
+        for shots, cell in by_shots.items():
+            asked = {key[2]: fmean(right) for key, right in of_item.items() if key[:2] == (task, int(shots))}
+            found.setdefault(task, {})[shots] = {**cell, **_beside_overlap(asked, overlaps[task])}
+    return measured._replace(figures={**measured.figures, "fewshot": found})
+
+
+def _beside_overlap(right: Mapping[int, float], overlaps: Sequence[bool | None]) -> dict[str, float]:
+    checked = [overlap for item in right if (overlap := overlaps[item]) is not None]
+    if not checked:
+        return {}
+    clean = [share for item, share in right.items() if not overlaps[item]]
+    accuracy = {"accuracy_clean": round(fmean(clean), 4)} if any(checked) and clean else {}
+    return {"overlap": round(sum(checked) / len(checked), 4), **accuracy}

@@ -22,7 +22,8 @@ from rlhf.tinyworld import incontext
 from rlhf.tinyworld.words import Draw
 
 FIELD = re.compile(r"\{(\w+)\}")
-Metric = Literal["acc", "acc_norm", "acc_bytes", "exact_match"]
+Metric = Literal["acc", "acc_norm", "acc_bytes", "acc_calibrated", "exact_match"]
+CONTENT_FREE = ("N/A", "[MASK]", "")  # stands for an item that says nothing (Zhao et al. 2021, section 5)
 
 
 class Question(NamedTuple):
@@ -34,6 +35,14 @@ class Question(NamedTuple):
     demonstrated: tuple[str, ...]  # the demonstrations' answers
     target: str = ""
     item: int = 0  # its number in the task: the same in every draw of demonstrations, and at every number of them
+    empty: tuple[str, ...] = ()  # the prompt with each of CONTENT_FREE in place of what the item says
+
+
+class Probe(NamedTuple):
+    """What of an item should not occur in training."""
+
+    text: str  # what is asked, without instruction and demonstrations where these aren't the item's own
+    answer: str
 
 
 class TaskFormat(BaseModel):
@@ -53,8 +62,8 @@ class TaskFormat(BaseModel):
     delimiter: str = Field(" ", description="what stands before a choice")
     metric: Metric | None = Field(
         None,
-        description="the task's own figure: the likeliest choice (acc), by character (acc_norm) or by UTF-8 byte "
-        "(acc_bytes); free answers have exact_match",
+        description="the task's own figure: the likeliest choice (acc), by character (acc_norm), by UTF-8 byte "
+        "(acc_bytes) or over its probability where nothing is asked (acc_calibrated); free answers have exact_match",
     )
     max_tokens: int = Field(32, ge=1, description="longest free answer")
     stop: tuple[str, ...] = Field(("\n",), description="texts that end a free answer")
@@ -113,6 +122,10 @@ class Task(Protocol):
         """
         ...
 
+    def probes(self, n: int, seed: int) -> list[Probe]:
+        """What should not occur in training, of the first `n` items, in their order."""
+        ...
+
 
 class TinyworldTask(NamedTuple):
     """One of the built-in world's tasks. Each item has demonstrations of its own."""
@@ -131,19 +144,28 @@ class TinyworldTask(NamedTuple):
         _check_shots(self, shots)
         return list(_tinyworld_questions(self.name, shots, n, seed))
 
+    def probes(self, n: int, seed: int) -> list[Probe]:
+        """See Task: an item and all its demonstrations together. Each alone is a fact that training may teach."""
+        questions = self.questions(self.most_shots, n, seed)
+        return [Probe(question.prompt, question.choices[question.answer]) for question in questions]
+
 
 @lru_cache(maxsize=64)  # they take a while to make, and every model is asked the same
 def _tinyworld_questions(name: str, shots: int, n: int, seed: int) -> tuple[Question, ...]:
-    return tuple(
-        Question(
-            f"{incontext.lines(item.instruction, list(item.demonstrations))}\n{item.input} ->",
-            item.choices,
-            item.answer,
-            tuple(answer for _, answer in item.demonstrations),
-            item=number,
+    found = []
+    for number, item in enumerate(incontext.items(name, shots, n, seed)):
+        before = incontext.lines(item.instruction, list(item.demonstrations))
+        found.append(
+            Question(
+                f"{before}\n{item.input} ->",
+                item.choices,
+                item.answer,
+                tuple(answer for _, answer in item.demonstrations),
+                item=number,
+                empty=tuple(f"{before}\n{word} ->" for word in CONTENT_FREE),
+            )
         )
-        for number, item in enumerate(incontext.items(name, shots, n, seed))
-    )
+    return tuple(found)
 
 
 def tinyworld_tasks() -> list[Task]:
@@ -185,19 +207,28 @@ class FileTask(NamedTuple):
             chosen = tuple(Draw("fewshot", self.name, seed, draw, shots).sample(self.demonstrations, shots))
         shown = "".join(_filled(self.format.demonstration, row.fields) for row in chosen)
         demonstrated = tuple(row.fields["answer"] for row in chosen)
-        return [
-            Question(
-                (_filled(self.format.instruction, row.fields) if row.fields.get("instruction") else "")
-                + shown
-                + _filled(self.format.item, row.fields),
-                row.choices,
-                row.answer,
-                demonstrated,
-                "" if row.choices else row.fields["answer"],
-                number,
+        asked = FIELD.findall(self.format.item)
+        found = []
+        for number, row in enumerate(self.items[:n]):
+            instruction = _filled(self.format.instruction, row.fields) if row.fields.get("instruction") else ""
+            empty = (_filled(self.format.item, {**row.fields, **dict.fromkeys(asked, word)}) for word in CONTENT_FREE)
+            found.append(
+                Question(
+                    instruction + shown + _filled(self.format.item, row.fields),
+                    row.choices,
+                    row.answer,
+                    demonstrated,
+                    "" if row.choices else row.fields["answer"],
+                    number,
+                    tuple(instruction + shown + text for text in empty) if row.choices else (),
+                )
             )
-            for number, row in enumerate(self.items[:n])
-        ]
+        return found
+
+    def probes(self, n: int, seed: int) -> list[Probe]:
+        """See Task: the fields of the row that the format asks about."""
+        asked = [field for field in dict.fromkeys(FIELD.findall(self.format.item)) if field != "instruction"]
+        return [Probe("\n".join(row.fields[field] for field in asked), row.fields["answer"]) for row in self.items[:n]]
 
 
 def _check_shots(task: Task, shots: int) -> None:

@@ -32,10 +32,12 @@ from rlhf.recipe import (
     RequireSection,
     Source,
     StageName,
+    evaluating_judges,
     externals,
     fields_at_default,
     microbatches,
     result_fields,
+    training_sources,
     upstream,
 )
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, model_config, write_json
@@ -68,25 +70,45 @@ def _uses_tinyworld(recipe: Recipe, stage: StageName) -> bool:
 
 
 def _borrowed(recipe: Recipe, stage: StageName) -> dict[str, Any]:
-    """What the reward stage takes from other sections where its own doesn't say how to normalise the score: the way
-    the reference answers, and the prompts that it is asked (stages.reward.normalise).
+    """What a stage takes from other sections where its own doesn't say it.
+
+    The reward stage: how to normalise the score, by the way the reference answers, and the prompts that it is asked
+    (stages.reward.normalise). The evaluate stage: how the models answer, who judges, and what they were trained on.
     """
-    reward, found = recipe.reward, dict[str, Any]()
-    if stage != "reward" or reward is None or reward.collect:
-        return found
-    lender = next((name for name in ("ppo", "sft") if getattr(recipe, name)), None)
-    if reward.sampling is None and lender:
-        fields = result_fields(getattr(recipe, lender))
-        found |= {f"{lender}.{key}": value for key, value in fields.items() if key.startswith("sampling.")}
-    if reward.from_ and recipe.ppo:
-        found["ppo.prompts"] = result_fields(recipe.ppo)["prompts"]
+    found: dict[str, Any] = {}
+    reward, evaluate = recipe.reward, recipe.evaluate
+    if stage == "reward" and reward and not reward.collect:
+        found |= _borrowed_sampling(recipe) if reward.sampling is None else {}
+        found |= _borrowed_fields(recipe, "ppo.prompts") if reward.from_ and recipe.ppo else {}
+    if stage == "evaluate" and evaluate:
+        found |= _borrowed_sampling(recipe) if evaluate.prompts and evaluate.sampling is None else {}
+        key, judges = evaluating_judges(recipe)
+        judged = evaluate.prompts or evaluate.comparisons
+        found |= _borrowed_fields(recipe, key) if judged and judges and not evaluate.judge else {}
+        found |= _borrowed_fields(recipe, *training_sources(recipe)) if not evaluate.training else {}
     return found
+
+
+def _borrowed_sampling(recipe: Recipe) -> dict[str, Any]:
+    """The way of answering that ppo, or else sft, has."""
+    lender = next((name for name in ("ppo", "sft") if getattr(recipe, name)), None)
+    fields = result_fields(getattr(recipe, lender)) if lender else {}
+    return {f"{lender}.{key}": value for key, value in fields.items() if key.startswith("sampling.")}
+
+
+def _borrowed_fields(recipe: Recipe, *keys: str) -> dict[str, Any]:
+    """Fields of sections, by SECTION.FIELD."""
+    return {key: result_fields(getattr(recipe, key.partition(".")[0]))[key.partition(".")[2]] for key in keys}
 
 
 def _sources(recipe: Recipe, stage: StageName) -> list[Source]:
     """Every data source that a stage reads, those of other sections too."""
-    borrowed = recipe.ppo.prompts if recipe.ppo and "ppo.prompts" in _borrowed(recipe, stage) else ()
-    return [*sources_in(getattr(recipe, stage)), *borrowed]
+    found = list(sources_in(getattr(recipe, stage)))
+    for key in _borrowed(recipe, stage):
+        section, _, field = key.partition(".")
+        value = getattr(getattr(recipe, section), field, None)
+        found += [source for source in value if isinstance(source, Source)] if isinstance(value, tuple) else []
+    return found
 
 
 def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any]:

@@ -130,16 +130,30 @@ def evaluate(
         list[Path] | None, typer.Option("--texts", help="file of documents for perplexity; may stand several times")
     ] = None,
     shots: Annotated[str, typer.Option("--shots", help="numbers of demonstrations, with commas between")] = "",
+    prompts: Annotated[
+        list[Path] | None, typer.Option("--prompts", help="file of prompts to answer; may stand several times")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option("--judge", help="reward model's directory, or FILE.py:FUNCTION; may stand several times"),
+    ] = None,
+    comparisons: Annotated[
+        list[Path] | None, typer.Option("--comparisons", help="file of comparisons to try the judges on")
+    ] = None,
+    training: Annotated[
+        list[Path] | None, typer.Option("--training", help="file of training texts: contamination and memorisation")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="also write the results as JSON")] = None,
     details: Annotated[Path | None, typer.Option("--details", help="write a JSON line for every question")] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="whose `evaluate` section says what is measured")
     ] = "quickstart",
 ) -> None:
-    """Measures any local Hugging Face causal LM: perplexity, bits per byte, few-shot accuracy.
+    """Measures any local Hugging Face causal LM: perplexity, few-shot accuracy, responses, memorised documents.
 
-    What is measured stands in the `evaluate` section of a recipe: by default the built-in world's documents and tasks.
-    --tasks or --texts take the place of the recipe's; with one of them alone the other isn't measured.
+    What is measured stands in the `evaluate` section of a recipe: by default the built-in world's documents, tasks and
+    prompts. --tasks, --texts, --prompts, --comparisons and --training take the place of the recipe's: with one of them,
+    what isn't named isn't measured.
     """
     from rlhf.errors import MissingInput
     from rlhf.recipe import load_recipe
@@ -148,14 +162,22 @@ def evaluate(
     overrides = [word for word in model_dirs if "=" in word and not Path(word).exists()]
     directories = [Path(word) for word in model_dirs if word not in overrides]
     asked = []
-    if tasks or texts:
+    files = {"texts": texts, "prompts": prompts, "comparisons": comparisons, "training": training}
+    if tasks or any(files.values()):
         names = [name if name == "tinyworld" else str(Path(name).absolute()) for name in tasks or ()]
-        files = [{"path": str(path.absolute())} for path in texts or ()]
-        asked = [f"evaluate.texts={json.dumps(files)}", f"evaluate.fewshot.tasks={json.dumps(names)}"]
+        asked = [f"evaluate.fewshot.tasks={json.dumps(names)}", "evaluate.judge=[]"]
+        for key, paths in files.items():
+            asked.append(f"evaluate.{key}={json.dumps([{'path': str(path.absolute())} for path in paths or ()])}")
+    if prompts:
+        asked.append("evaluate.sampling.max_tokens=256")
+    if judge:
+        asked.append(f"evaluate.judge={json.dumps([_named_judge(name) for name in judge])}")
+    if (judge or comparisons) and not (judge and (prompts or comparisons)):
+        raise UserError("--judge and --prompts or --comparisons come together: a judge needs something to judge")
     if shots:
         asked.append(f"evaluate.fewshot.shots=[{shots}]")
     settings = load_recipe(recipe, [*asked, *overrides])
-    if not directories:
+    if not directories and not comparisons:
         raise UserError("no model directory given")
     if settings.evaluate is None:
         raise UserError(f"the recipe {recipe} has no section `evaluate`")
@@ -170,6 +192,14 @@ def evaluate(
     print_anything()
 
     evaluate_directories(settings, [str(directory) for directory in directories], output, details)
+
+
+def _named_judge(name: str) -> dict[str, str]:
+    """The judge that a name on the command line means."""
+    file, colon, function = name.rpartition(":")
+    if not colon or Path(name).is_dir():
+        return {"model": str(Path(name).absolute()) if Path(name).is_dir() else name}
+    return {"python": f"{Path(file).absolute()}:{function}" if file.endswith(".py") else name}
 
 
 @app.command()

@@ -58,6 +58,11 @@ class TokenReader:
                 :, 0
             ]
 
+    def likeliest(self, states: Tensor) -> Tensor:
+        """The likeliest token after each of the states [N, ...]; of equal ones the first."""
+        with torch.no_grad():
+            return torch.cat([self._logits(part).argmax(-1) for part in states.split(self._at_once(states))])
+
     def read(self, states: Tensor, tokens: Tensor, temperature: float = 1.0, hide: Hide | None = None) -> Likelihood:
         """Likelihood of tokens [N] at the states [N, ...] before them.
 

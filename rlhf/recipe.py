@@ -604,10 +604,23 @@ class FewShotSection(Section):
         description="so many choices of demonstrations from files: the first ones, then random ones, in random order",
     )
     begin: bool = Field(True, description="whether BOS stands before every prompt")
+    calibrate: bool = Field(
+        False,
+        description="also acc_calibrated: choices over their probability where nothing is asked (Zhao et al. 2021)",
+    )
+
+
+class MemorisationSection(Section):
+    """Whether models go on with training documents word for word."""
+
+    repeated: int = Field(100, ge=0, description="documents: those that stand in the training texts most often")
+    random: int = Field(200, ge=0, description="and so many random ones; as many held-out ones are the control")
+    prompt_tokens: int = Field(32, ge=1, description="tokens of a document that are read, at most half of it")
+    continuation_tokens: int = Field(32, ge=1, description="tokens that must be the document's, as far as it goes")
 
 
 class EvaluateSection(Section):
-    """Perplexity on held-out documents and few-shot accuracy, for every model of the chain."""
+    """What every model of the chain is measured by; without a list the measure that needs it is left out."""
 
     texts: tuple[Source, ...] = Field((), description="held-out documents")
     stride: int | None = Field(
@@ -617,11 +630,30 @@ class EvaluateSection(Section):
         "it reads",
     )
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
+    prompts: tuple[Source, ...] = Field((), description="prompts that the models answer: behaviour, win rates")
+    responses_per_prompt: int = Field(
+        2, ge=1, le=64, description="responses of each model; with 2 or more a liking for length is told from quality"
+    )
+    sampling: Sampling | None = Field(None, description="how they are drawn; default: ppo's, else sft's")
+    judge: tuple[JudgeSection, ...] = Field(
+        (), description="what says which response is better, a weighted sum; default: ppo.judge where ppo is a stage"
+    )
+    comparisons: tuple[Source, ...] = Field((), description="comparisons on which each judge's accuracy is measured")
+    training: tuple[Source, ...] = Field(
+        (),
+        description="texts in which the tasks' items are looked for, and which may be memorised; default: what the "
+        "stages pretrain and sft are trained on",
+    )
+    memorisation: MemorisationSection = Field(
+        default=MemorisationSection(), description="which training documents are tried"
+    )
 
     @model_validator(mode="after")
     def _measures(self) -> EvaluateSection:
-        if not self.texts and not self.fewshot.tasks:
-            raise ValueError("neither texts nor fewshot.tasks: there is nothing to measure")
+        if not (self.texts or self.fewshot.tasks or self.prompts or self.comparisons or self.training):
+            raise ValueError("neither texts nor fewshot.tasks, prompts, comparisons or training: nothing to measure")
+        if self.comparisons and any(source.builtin for source in self.comparisons):
+            raise ValueError("comparisons: the built-in world has none in store; the reward stage makes them")
         return self
 
 
@@ -686,7 +718,37 @@ class Recipe(Section):
                 )
             if self.ppo.critic_from == "reward":
                 raise ValueError("ppo.critic_from: there is no stage reward to start the critic from")
+        judges = self.evaluate.judge if self.evaluate and "evaluate" in self.stages else ()
+        if "reward" not in self.stages and any(judge.model == "reward" for judge in judges):
+            raise ValueError("evaluate.judge: there is no stage reward; name a directory")
         return self
+
+
+def evaluating_judges(recipe: Recipe) -> tuple[str, tuple[JudgeSection, ...]]:
+    """The judges of the evaluate stage, and the key that names them."""
+    if recipe.evaluate and recipe.evaluate.judge:
+        return "evaluate.judge", recipe.evaluate.judge
+    return "ppo.judge", recipe.ppo.judge if recipe.ppo and "ppo" in recipe.stages else ()
+
+
+def training_sources(recipe: Recipe) -> dict[str, tuple[Source, ...]]:
+    """What the evaluate stage looks into for its tasks' items, by the key that names it."""
+    if recipe.evaluate and recipe.evaluate.training:
+        return {"evaluate.training": recipe.evaluate.training}
+    found: dict[str, tuple[Source, ...]] = {}
+    if recipe.pretrain and "pretrain" in recipe.stages:
+        found["pretrain.train"] = recipe.pretrain.train
+    if recipe.sft and "sft" in recipe.stages:
+        found["sft.train"] = recipe.sft.train
+    return found
+
+
+def evaluating_sampling(recipe: Recipe) -> Sampling:
+    """How the evaluate stage draws responses: as it says itself, or as ppo or sft does."""
+    for section in (recipe.evaluate, recipe.ppo, recipe.sft):
+        if section and section.sampling:
+            return section.sampling
+    return Sampling(max_tokens=256)
 
 
 def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int, int]:
@@ -732,7 +794,9 @@ _UPSTREAM: dict[str, tuple[StageName, ...]] = {
 
 def upstream(recipe: Recipe, stage: StageName) -> tuple[StageName, ...]:
     """The stages of this recipe whose models the stage reads."""
-    return tuple(name for name in _UPSTREAM[stage] if name in recipe.stages)
+    judged = stage == "evaluate" and any(judge.model == "reward" for judge in evaluating_judges(recipe)[1])
+    names = {*_UPSTREAM[stage], *(("reward",) if judged else ())}
+    return tuple(name for name in STAGES if name in names and name in recipe.stages)
 
 
 def needs_base(recipe: Recipe, stage: StageName) -> bool:
@@ -771,14 +835,19 @@ def externals(recipe: Recipe, stage: StageName) -> list[External]:
                 found.append(External("reward.collect.labeller", rest, "file" if kind == "file" else "python"))
             others = [sampler.model for sampler in section.collect.samplers if sampler.model != "sft"]
             found += [External("reward.collect.samplers", model, "causal_lm") for model in others]
+    judges: list[tuple[str, JudgeSection]] = []
     if stage == "ppo" and recipe.ppo:
-        for judge in (*recipe.ppo.judge, *recipe.ppo.second_judge):
-            if judge.python:
-                found.append(External("ppo.judge", judge.python, "python"))
-            elif judge.model and judge.model != "reward":
-                found.append(External("ppo.judge", judge.model, "judge"))
-            if judge.chat_template:
-                found.append(External("ppo.judge.chat_template", judge.chat_template, "file"))
+        judges = [("ppo.judge", judge) for judge in (*recipe.ppo.judge, *recipe.ppo.second_judge)]
+    if stage == "evaluate" and recipe.evaluate and (recipe.evaluate.prompts or recipe.evaluate.comparisons):
+        key, sections = evaluating_judges(recipe)
+        judges = [(key, judge) for judge in sections]
+    for key, judge in judges:
+        if judge.python:
+            found.append(External(key, judge.python, "python"))
+        elif judge.model and judge.model != "reward":
+            found.append(External(key, judge.model, "judge"))
+        if judge.chat_template:
+            found.append(External(f"{key}.chat_template", judge.chat_template, "file"))
     return found
 
 

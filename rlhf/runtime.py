@@ -112,8 +112,11 @@ def print_anything() -> None:
 class Bar:
     """Progress of a loop: a bar with figures and the time left on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, what: str, total: int, done: int = 0, *, lines: bool = False) -> None:
-        """`done` of the steps were done before, by a run that was interrupted. `lines`: every step leaves a line."""
+    def __init__(self, what: str, total: int | None, done: int = 0, *, lines: bool = False) -> None:
+        """`done` of the steps were done before, by a run that was interrupted. `lines`: every step leaves a line.
+
+        `total` is None where nobody knows it before the end.
+        """
         self._what, self._total, self._before, self._lines = what, total, done, lines
         self._console = Console(highlight=False, soft_wrap=True)
         self._started = self._printed = time.monotonic()
@@ -145,18 +148,19 @@ class Bar:
     def show(self, done: int, **figures: float) -> None:
         """Shows how far the loop is, with the figures that matter."""
         now = time.monotonic()
-        left = format_seconds((now - self._started) / max(done - self._before, 1) * (self._total - done))
+        left = "-:--"
+        if self._total is not None:
+            left = format_seconds((now - self._started) / max(done - self._before, 1) * (self._total - done))
+        of = f"{done}/{self._total or '?'}"
         text = "  ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in figures.items())
         if self._rich:
             self._rich.update(self._task, completed=done, figures="" if self._lines else text, left=left)
             if self._lines:
-                self._console.print(f"{self._what}  {done}/{self._total}  {text}", markup=False, soft_wrap=True)
-        elif self._lines or now - self._printed >= PLAIN_LINE_SECONDS or done == self._total > self._shown:
+                self._console.print(f"{self._what}  {of}  {text}", markup=False, soft_wrap=True)
+        elif self._lines or now - self._printed >= PLAIN_LINE_SECONDS or (done == self._total and done > self._shown):
             self._printed, self._shown = now, done
             spent = format_seconds(now - self._started)
-            self._console.print(
-                f"{self._what}  {done}/{self._total}  {text}  {spent} gone, {left} left", markup=False, soft_wrap=True
-            )
+            self._console.print(f"{self._what}  {of}  {text}  {spent} gone, {left} left", markup=False, soft_wrap=True)
 
 
 class MetricsLog:

@@ -1,4 +1,4 @@
-"""What a recipe's `ppo.judge` and `ppo.critic_from` mean: the judges that ppo learns from, and its critic."""
+"""What a recipe's judges and `ppo.critic_from` mean: what ppo learns from and evaluate asks, and ppo's critic."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,44 +29,49 @@ from stages.common import Start, context_of, named_model, runs_code, starting_mo
 
 def build_judge(
     recipe: Recipe,
-    run: RunDir,
-    tokenizer: PreTrainedTokenizerBase,
+    run: RunDir | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     context: int,
     device: torch.device,
     sections: Sequence[JudgeSection],
     what: str,
     lent: PreTrainedModel | None = None,
+    key: str = "ppo.judge",
 ) -> WeightedSum:
     """The weighted sum of the sections, its models on the device. Nothing is loaded that they don't name.
 
-    `tokenizer` and `context` are the policy's; `what` the sum is called; `lent` is the reward stage's model where it is
-    loaded already. Raises UserError, naming the judge, where one can't be had.
+    `tokenizer` and `context` are the policy's; without them every judge reads text. `what` the sum is called; `lent` is
+    the reward stage's model where it is loaded already; `key` names the sections. Raises UserError, naming the judge,
+    where one can't be had.
     """
     parts, told = [], []
     for section in sections:
-        judge, how = _judge(section, recipe, run, tokenizer, context, device, lent)
+        judge, how = _judge(section, recipe, run, tokenizer, context, device, lent, key)
         parts.append(Part(section.title, section.weight, judge))
         told.append(f"{section.weight:g} x {section.title} ({how})")
-    log(f"ppo: {what} = {' + '.join(told)}")
+    log(f"{what} = {' + '.join(told)}")
     return WeightedSum(parts)
 
 
 def _judge(
     section: JudgeSection,
     recipe: Recipe,
-    run: RunDir,
-    tokenizer: PreTrainedTokenizerBase,
+    run: RunDir | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     context: int,
     device: torch.device,
     lent: PreTrainedModel | None,
+    key: str,
 ) -> tuple[Judge, str]:
     """One judge, and in words how it reads a conversation."""
     if section.python:
-        function = load_function("ppo.judge", section.python, Path(recipe.data.root))
+        function = load_function(key, section.python, Path(recipe.data.root))
         return FunctionJudge(section.python, function), "a Python function"
     assert section.model is not None
-    ours, who = section.model == "reward", f"ppo.judge {section.title}"
-    start = reward_start(recipe, run) if ours else named_model(recipe, section.model)
+    ours, who = section.model == "reward", f"{key} {section.title}"
+    if ours and run is None:
+        raise UserError(f"{key}: `reward` is the judge of a run; name a directory")
+    start = reward_start(recipe, run) if ours and run else named_model(recipe, section.model)
     if ours and lent is not None:
         model = lent
     else:
@@ -80,7 +85,7 @@ def _judge(
         return RewardModelJudge(model, section.uncertainty_penalty), f"a model that reads the policy's own tokens{many}"
     own = start.tokenizer()
     if section.chat_template:
-        own.chat_template = _template(section.chat_template, Path(recipe.data.root))
+        own.chat_template = _template(key, section.chat_template, Path(recipe.data.root))
     check_vocabulary(model, own, start.name)
     judge = ClassifierJudge(who, model, own, label=section.label, uncertainty_penalty=section.uncertainty_penalty)
     way = "through its own chat template" if own.chat_template else "as a pair of prompt and response"
@@ -95,8 +100,10 @@ def reward_start(recipe: Recipe, run: RunDir) -> Start:
     return Start(str(run.stage("reward").model), code)
 
 
-def _misfit(start: Start, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> str:
+def _misfit(start: Start, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int) -> str:
     """Why a model can't read the policy's own tokens; nothing where it can."""
+    if tokenizer is None:
+        return "is to read text"
     own = start.tokenizer()
     if own.get_vocab() != tokenizer.get_vocab():
         return "has another tokenizer than the policy"
@@ -107,11 +114,11 @@ def _misfit(start: Start, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     return ""
 
 
-def _template(file: str, root: Path) -> str:
+def _template(key: str, file: str, root: Path) -> str:
     try:
         return (root / file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"ppo.judge.chat_template: {root / file} can't be read: {error}") from None
+        raise UserError(f"{key}.chat_template: {root / file} can't be read: {error}") from None
 
 
 def build_critic(

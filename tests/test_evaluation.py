@@ -494,7 +494,8 @@ def test_the_text_of_a_file_question(folder: Path) -> None:
     (task,) = file_tasks(folder, Faults())
     assert (task.name, task.most_shots, task.free) == ("mood", 6, False)
     first, *_ = task.questions(0, 10, seed=0)
-    assert first == Question("Good or bad?\n\nInput: item 0\nOutput:", ("good", "bad"), 0, ())
+    empty = tuple(f"Good or bad?\n\nInput: {word}\nOutput:" for word in ("N/A", "[MASK]", ""))
+    assert first == Question("Good or bad?\n\nInput: item 0\nOutput:", ("good", "bad"), 0, (), empty=empty)
     question = task.questions(2, 10, seed=0)[2]
     assert question.demonstrated == ("good", "bad")
     assert question.prompt == (

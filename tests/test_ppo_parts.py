@@ -19,10 +19,10 @@ from rlhf.model import disable_dropout, end_ids
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
 from rlhf.tokenizer import Messages
+from stages.gold import best_gold, gold_rewards
 from stages.ppo.course import best_of_points
 from stages.ppo.doctor import KNOWN, SIGNS, Doctor
 from stages.ppo.episodes import Episode, Prompt, microbatches_of
-from stages.ppo.gold import best_gold, gold_rewards
 from stages.ppo.keep import Keeper, Point, choose
 from stages.ppo.measure import Measured
 from tests.conftest import TINY_RECIPE, rlhf

@@ -11,6 +11,7 @@ import torch
 
 from evaluation import plots, preference
 from evaluation.preference import Answer, Outcome
+from evaluation.words import words_of
 from rlhf.functional.bradley_terry import bootstrap_weights, pair_losses, preference_loss
 from rlhf.functional.intervals import Estimate, proportion_estimate
 
@@ -242,7 +243,7 @@ def test_a_judge_that_is_too_sure_is_mended_by_its_temperature() -> None:
 
 
 def test_a_chinese_sign_is_a_word() -> None:
-    assert preference.words_of("Say 你好, world's end!") == ["say", "你", "好", "world", "s", "end"]
+    assert words_of("Say 你好, world's end!") == ["say", "你", "好", "world", "s", "end"]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
 from rlhf.runtime import log
 from rlhf.saver import once
 from stages.common import card_facts
+from stages.gold import best_gold
 from stages.lora import save_named_adapter
 from stages.ppo.course import best_of_n_points, write_course
 from stages.ppo.episodes import Prompt
-from stages.ppo.gold import best_gold
 from stages.ppo.keep import rule_of
 from stages.ppo.measure import Measured
 from stages.ppo.roles import POLICY

@@ -60,10 +60,10 @@ def build_roles(
                 raise RecipeError("ppo.critic_from: in layout shared the critic is a value head on the policy's trunk")
             actors = SharedActors(policy, *drawn)
     actors.eval()
-    judge = build_judge(recipe, run, tokenizer, context, device, settings.judge, "score", lent)
+    judge = build_judge(recipe, run, tokenizer, context, device, settings.judge, "ppo: score", lent)
     second: Judge | None = None
     if settings.second_judge:
-        second = build_judge(recipe, run, tokenizer, context, device, settings.second_judge, "second judge", lent)
+        second = build_judge(recipe, run, tokenizer, context, device, settings.second_judge, "ppo: second judge", lent)
     return Roles(actors, reference, judge, second)
 
 

@@ -13,8 +13,8 @@ from rlhf.model import accelerator_bytes
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing, Response, build_engine, uniforms
 from rlhf.team import Team
+from stages.gold import gold_rewards
 from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary, microbatches_of, pack_episodes
-from stages.ppo.gold import gold_rewards
 from stages.ppo.roles import Actors, Roles
 
 ACTIVATIONS = 2**28  # bytes of a microbatch; on an accelerator:

@@ -1,0 +1,127 @@
+"""Behaviour of responses by hand; win rates and length control on judges whose nature is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.responses import Response, behaviour, distinct, repetition, win_rate
+from rlhf.functional.length_control import PHI_SCALE, THETA_SCALE, fit_length_control
+
+
+def test_behaviour_by_hand() -> None:
+    answers = [
+        [Response("a b c d a b c d", 9, True, 1.0, 0.5), Response("a b", 3, False, 3.0, 0.5)],
+        [Response("", 1, True, 2.0, 1.0), Response("x y z", 3, True, 2.0, 0.0)],
+        [],  # a prompt that didn't fit
+    ]
+    found = behaviour(answers)
+    assert (found["prompts"], found["responses"], found["empty"]) == (3, 4, 1)
+    assert (found["ended"], found["tokens"], found["tokens_median"]) == (0.75, 4.0, 3.0)
+    assert (found["score"], found["gold"]) == (2.0, 0.5)
+    assert found["repetition"] == pytest.approx((1 - 4 / 5) / 4)  # abcd bcda cdab dabc abcd: one of five again
+    assert (found["distinct_1"], found["distinct_2"]) == (4 / 8, round(4 / 7, 4))  # of the first responses alone
+    assert repetition("a b c") == 0.0 and distinct([[]], 2) == 1.0
+
+
+def test_win_rate_by_hand() -> None:
+    first = [[Response("aa", 1, True, 1.0)], [Response("aa", 1, True, 1.0)], [Response("a", 1, True, 0.0)], []]
+    second = [[Response("bb", 1, True, 0.0)], [Response("bb", 1, True, 1.0)], [Response("b", 1, True, 5.0)]]
+    found = win_rate(first, [*second, [Response("b", 1, True, 0.0)]])
+    assert (found["prompts"], found["pairs"], found["ties"], found["win_rate"]) == (3, 3, 1, 0.5)
+    assert found["longer_preferred"] is None  # all are equally long
+    assert found["length_controlled_win_rate"] == pytest.approx(0.5, abs=0.01)
+    assert found["verdict"] == "no clear difference"
+
+
+def simulated(
+    quality: float, liking: float, longer: float, prompts: int = 150, noise: float = 1.0, seed: int = 0
+) -> tuple[list[list[Response]], list[list[Response]]]:
+    """Two models: the first is better by `quality` and writes `longer` more; 20 characters are worth `liking`."""
+    generator = np.random.default_rng(seed)
+    sides = []
+    for better, length in ((quality, 60 + longer), (0.0, 60.0)):
+        side = []
+        for _ in range(prompts):
+            sizes = np.maximum(1, generator.normal(length, 20, 2)).astype(int)
+            scores = better + liking * sizes / 20 + noise * generator.logistic(size=2)
+            side.append([Response("x" * n, n, True, float(s)) for n, s in zip(sizes, scores, strict=True)])
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def test_a_judge_that_likes_length_is_caught() -> None:
+    for noise in (0.0, 1.0):
+        found = win_rate(*simulated(0, liking=1, longer=40, noise=noise))
+        assert found["win_rate_ci95"][0] > 0.65
+        low, high = found["length_controlled_win_rate_ci95"]
+        assert low < 0.5 < high
+        assert found["longer_preferred"] > 0.65
+        assert found["verdict"].endswith("length explains the difference; the judge prefers longer responses")
+
+
+def test_quality_survives_length_control() -> None:
+    """A better model that writes more, and a judge that doesn't care: the win rate stays, nobody is accused."""
+    found = win_rate(*simulated(1.5, liking=0, longer=40))
+    assert found["length_controlled_win_rate"] == pytest.approx(found["win_rate"], abs=0.06)
+    assert found["longer_preferred_ci95"][0] < 0.5 < found["longer_preferred_ci95"][1]
+    assert found["verdict"] == "preferred"
+    assert win_rate(*simulated(-1.5, liking=0, longer=40))["verdict"] == "not preferred"
+
+
+def test_what_length_hides_is_found() -> None:
+    found = win_rate(*simulated(2.0, liking=1, longer=-40))
+    assert found["win_rate"] < 0.6
+    assert found["length_controlled_win_rate_ci95"][0] > 0.7
+
+
+def test_nothing_can_be_said_where_every_win_may_be_length() -> None:
+    found = win_rate(*simulated(0, liking=1, longer=200, noise=0.0))
+    low, high = found["length_controlled_win_rate_ci95"]
+    assert found["win_rate"] == 1.0 and low < 0.1 and high > 0.9
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Of 60 worlds in which the judge likes length and both models are equally good, about 95 % hold 0.5."""
+    covered = 0
+    for seed in range(60):
+        low, high = win_rate(*simulated(0, liking=0.5, longer=20, prompts=60, seed=seed))[
+            "length_controlled_win_rate_ci95"
+        ]
+        covered += low <= 0.5 <= high
+    assert covered >= 52  # less than 1 in 1,000 with 95 %
+
+
+def test_the_fit_is_the_optimum_that_torch_finds() -> None:
+    generator = np.random.default_rng(1)
+    n = 80
+    longer, between = generator.normal(5, 20, n), generator.random(n) < 0.6
+    wins = generator.choice([0.0, 0.5, 1.0], n)
+    weights = generator.integers(0, 4, (3, n)).astype(float)
+    fitted = fit_length_control(wins, longer, between, weights)
+    x, one, won = (
+        torch.tensor(values, dtype=torch.float64) for values in (np.tanh(longer / longer.std()), between, wins)
+    )
+    for row in range(3):
+        weight = torch.tensor(weights[row])
+
+        def loss(at: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
+            each = torch.nn.functional.binary_cross_entropy_with_logits(
+                at[0] * one + at[1] * x, won, weight, reduction="sum"
+            )
+            return each + (at[0] / THETA_SCALE) ** 2 / 2 + (at[1] / PHI_SCALE) ** 2 / 2
+
+        at = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.LBFGS(
+            [at], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+        )
+
+        def closure(at: torch.Tensor = at, optimiser: torch.optim.LBFGS = optimiser) -> float:
+            optimiser.zero_grad()
+            value = loss(at)
+            value.backward()
+            return float(value.detach())
+
+        optimiser.step(closure)
+        assert [fitted.theta[row], fitted.phi[row]] == pytest.approx(at.tolist(), abs=1e-6)
+        curvature = torch.autograd.functional.hessian(loss, at.detach())
+        assert fitted.deviation[row] == pytest.approx(float(curvature.inverse()[0, 0]) ** 0.5, rel=1e-6)
