@@ -121,8 +121,9 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run's directory, such
 @app.command()
 def evaluate(
     model_dirs: Annotated[
-        list[str], typer.Argument(metavar="MODEL_DIR... [key=value ...]", help="Hugging Face causal LMs; overrides")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="MODEL_DIR... [key=value ...]", help="Hugging Face causal LMs; overrides"),
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", help="`tinyworld`, FOLDER or FOLDER/TASK; may stand several times")
     ] = None,
@@ -155,12 +156,14 @@ def evaluate(
     prompts. --tasks, --texts, --prompts, --comparisons and --training take the place of the recipe's: with one of them,
     what isn't named isn't measured.
     """
+    from rlhf.chain import check_inputs
     from rlhf.errors import MissingInput
     from rlhf.recipe import load_recipe
     from rlhf.rundir import model_config
 
-    overrides = [word for word in model_dirs if "=" in word and not Path(word).exists()]
-    directories = [Path(word) for word in model_dirs if word not in overrides]
+    words = model_dirs or []
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    directories = [Path(word) for word in words if word not in overrides]
     asked = []
     files = {"texts": texts, "prompts": prompts, "comparisons": comparisons, "training": training}
     if tasks or any(files.values()):
@@ -181,8 +184,10 @@ def evaluate(
         raise UserError("no model directory given")
     if settings.evaluate is None:
         raise UserError(f"the recipe {recipe} has no section `evaluate`")
+    settings = settings.model_copy(update={"stages": ("evaluate",)})
     for directory in directories:
         model_config(directory)
+    check_inputs(settings, ("evaluate",), processes=1)
     for option, file in (("--output", output), ("--details", details)):
         if file and (file.is_dir() or not file.parent.is_dir()):
             raise MissingInput(f"{option}: {file} is a directory" if file.is_dir() else f"no directory {file.parent}")

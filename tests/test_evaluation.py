@@ -688,6 +688,39 @@ def test_two_processes_give_the_numbers_of_one(finished_chain: Path, tmp_path: P
     assert one["fewshot"]["sums"]["0"]["metric"] == "exact_match"
 
 
+def test_choices_over_their_probability_where_nothing_is_asked(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Zhao et al. 2021, step by step: each choice's share with each of three empty inputs, their mean, the quotient."""
+    (task,) = file_tasks(folder, Faults())
+    reader = Reader(Scorer(tiny_llama), tokenizer, CONTEXT * 4, [1], calibrate=True)
+    questions = task.questions(2, 4, seed=0)
+
+    def probabilities(prompt: str) -> list[float]:
+        found = []
+        for choice in ("good", "bad"):
+            whole = [1, *tokenizer(f"{prompt} {choice}", add_special_tokens=False).input_ids]
+            cut = 1 + len(tokenizer(prompt, add_special_tokens=False).input_ids)
+            found.append(
+                math.exp(sum(naive_logprob(tiny_llama, whole[:at], whole[at]) for at in range(cut, len(whole))))
+            )
+        return found
+
+    for question, outcome in zip(questions, answer_by_likelihood(reader, task.format, questions), strict=True):
+        beginning = question.prompt.removesuffix(f"item {question.item}\nOutput:")
+        empty = [probabilities(f"{beginning}{word}\nOutput:") for word in ("N/A", "[MASK]", "")]
+        prior = [sum(p[choice] / sum(p) for p in empty) / 3 for choice in (0, 1)]
+        good, bad = (p / q for p, q in zip(probabilities(question.prompt), prior, strict=True))
+        assert outcome and outcome.right["acc_calibrated"] == ((0 if good > bad else 1) == question.answer)
+        assert abs(good / bad - 1) > 1e-4  # no near tie, which would prove nothing
+    plain_reader = reader._replace(calibrate=False)
+    asked = answer_by_likelihood(plain_reader, TaskFormat(metric="acc_calibrated"), questions)
+    assert all(outcome and "acc_calibrated" in outcome.right for outcome in asked)
+    assert all(
+        o and "acc_calibrated" not in o.right for o in answer_by_likelihood(plain_reader, task.format, questions)
+    )
+
+
 def test_models_are_compared_item_by_item() -> None:
     def answers(*right: bool) -> list[Answer]:
         return [Answer("mood", 0, 0, item, {"acc": r}, (), "") for item, r in enumerate(right)]

@@ -65,11 +65,11 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate_directories(
     recipe: Recipe, directories: list[str], output: Path | None, details_file: Path | None
 ) -> None:
-    """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in files."""
+    """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in files.
+
+    The recipe has no other stage: the judge and the training texts of other models are none of theirs.
+    """
     every: dict[str, Findings] = {}
-    recipe = recipe.model_copy(
-        update={"stages": ("evaluate",)}
-    )  # the judge and the texts of other stages aren't theirs
 
     def keep(name: str, find: Callable[[], Findings]) -> Findings:
         every[name] = find()
