@@ -129,6 +129,10 @@ def evaluate(
     texts: Annotated[
         list[Path] | None, typer.Option("--texts", help="file of documents for perplexity; may stand several times")
     ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option("--harness", help="task of lm-evaluation-harness, or FOLDER/TASK; may stand several times"),
+    ] = None,
     shots: Annotated[str, typer.Option("--shots", help="numbers of demonstrations, with commas between")] = "",
     output: Annotated[Path | None, typer.Option("--output", help="also write the results as JSON")] = None,
     details: Annotated[Path | None, typer.Option("--details", help="write a JSON line for every question")] = None,
@@ -139,7 +143,7 @@ def evaluate(
     """Measures any local Hugging Face causal LM: perplexity, bits per byte, few-shot accuracy.
 
     What is measured stands in the `evaluate` section of a recipe: by default the built-in world's documents and tasks.
-    --tasks or --texts take the place of the recipe's; with one of them alone the other isn't measured.
+    --tasks, --texts and --harness take the place of the recipe's: with any of them, only what is named is measured.
     """
     from rlhf.errors import MissingInput
     from rlhf.recipe import load_recipe
@@ -148,10 +152,11 @@ def evaluate(
     overrides = [word for word in model_dirs if "=" in word and not Path(word).exists()]
     directories = [Path(word) for word in model_dirs if word not in overrides]
     asked = []
-    if tasks or texts:
+    if tasks or texts or harness:
         names = [name if name == "tinyworld" else str(Path(name).absolute()) for name in tasks or ()]
         files = [{"path": str(path.absolute())} for path in texts or ()]
         asked = [f"evaluate.texts={json.dumps(files)}", f"evaluate.fewshot.tasks={json.dumps(names)}"]
+        asked.append(f"evaluate.harness={json.dumps(_harness_section(harness or []))}")
     if shots:
         asked.append(f"evaluate.fewshot.shots=[{shots}]")
     settings = load_recipe(recipe, [*asked, *overrides])
@@ -170,6 +175,14 @@ def evaluate(
     print_anything()
 
     evaluate_directories(settings, [str(directory) for directory in directories], output, details)
+
+
+def _harness_section(named: list[str]) -> dict[str, object]:
+    """The recipe's section for TASK and FOLDER/TASK."""
+    folders = {str(Path(name).parent.absolute()) for name in named if "/" in name}
+    if len(folders) > 1:
+        raise UserError(f"--harness: tasks of one folder at a time, not of {' and '.join(sorted(folders))}")
+    return {"tasks": [Path(name).name for name in named], "include": folders.pop() if folders else None}
 
 
 @app.command()

@@ -606,6 +606,25 @@ class FewShotSection(Section):
     begin: bool = Field(True, description="whether BOS stands before every prompt")
 
 
+class HarnessSection(Section):
+    """Tasks of lm-evaluation-harness, an optional extra: pip install 'rlhf[harness]'."""
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="names of its tasks, groups or tags, or of tasks of your own in `include`"
+    )
+    include: str | None = Field(None, min_length=1, description="folder below data.root of your own task YAML files")
+    shots: int | None = Field(None, ge=0, le=1000, description="demonstrations; default: each task's own number")
+    items: int | None = Field(None, ge=1, description="items of a task, at most; default: all")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> HarnessSection:
+        if self.include and not self.tasks:
+            raise ValueError("include: it is of no use without tasks; name those that are to be asked")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks: one of them is there twice")
+        return self
+
+
 class EvaluateSection(Section):
     """Perplexity on held-out documents and few-shot accuracy, for every model of the chain."""
 
@@ -617,11 +636,12 @@ class EvaluateSection(Section):
         "it reads",
     )
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
+    harness: HarnessSection = Field(default=HarnessSection(), description="tasks of lm-evaluation-harness")
 
     @model_validator(mode="after")
     def _measures(self) -> EvaluateSection:
-        if not self.texts and not self.fewshot.tasks:
-            raise ValueError("neither texts nor fewshot.tasks: there is nothing to measure")
+        if not self.texts and not self.fewshot.tasks and not self.harness.tasks:
+            raise ValueError("neither texts nor fewshot.tasks nor harness.tasks: there is nothing to measure")
         return self
 
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from evaluation import fewshot, tasks
+from evaluation.harness import Harness, harness_table, open_harness
 from evaluation.suite import Answer, Measured, Suite, compare, measure
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
@@ -105,11 +106,20 @@ def _measure_all(
     seed = derive_seed(recipe.seed, "evaluate", "items")
     found = _tasks(recipe, settings)
     suite = Suite(
-        texts, found, section.shots, section.items, section.draws, seed, section.begin, stride=settings.stride
+        texts,
+        found,
+        section.shots,
+        section.items,
+        section.draws,
+        seed,
+        section.begin,
+        stride=settings.stride,
+        harness=_harness(recipe, settings),
     )
+    others = f" and {len(suite.harness.tasks)} of lm-evaluation-harness" if suite.harness else ""
     log(
         f"evaluate: {len(models)} models; {suite.documents:,} documents; {len(found)} tasks at "
-        f"{', '.join(map(str, section.shots))} demonstrations, {suite.size - suite.documents:,} questions"
+        f"{', '.join(map(str, section.shots))} demonstrations{others}, {suite.size - suite.documents:,} questions"
     )
     measured: dict[str, Measured] = {}
     parameters = 0
@@ -124,6 +134,8 @@ def _measure_all(
             measured[name] = keep(name, partial(measure, model, tokenizer, suite, show, team))
     results = {name: each.figures for name, each in measured.items()}
     _print_table(results, section.shots)
+    if suite.harness:
+        Console(highlight=False, soft_wrap=True).print(harness_table({n: r["harness"] for n, r in results.items()}))
     metrics = {task.name: fewshot.main_metric(task) for task in found}
     return {"models": results, "differences": _differences(measured, metrics)}, parameters
 
@@ -139,6 +151,14 @@ def _differences(measured: dict[str, Measured], metrics: Mapping[str, str]) -> d
         f"{later} - {earlier}": compare(measured[later].answers, measured[earlier].answers, metrics)
         for earlier, later in pairwise(names)
     }
+
+
+def _harness(recipe: Recipe, settings: EvaluateSection) -> Harness | None:
+    section, root = settings.harness, Path(recipe.data.root)
+    if not section.tasks:
+        return None
+    include = root / section.include if section.include else None
+    return open_harness(section.tasks, include=include, shots=section.shots, items=section.items)
 
 
 def _tasks(recipe: Recipe, settings: EvaluateSection) -> list[tasks.Task]:
