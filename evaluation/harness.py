@@ -118,7 +118,8 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         return manager.load([name])
     except Exception as error:  # anything: a task is code, and its data comes from anywhere
         what = "its data can't be had" if isinstance(error, OSError) else "can't be loaded"
-        raise UserError(f"evaluate.harness.tasks: {name}: {what}: {_why(error)}") from error
+        offline = "; without a network, only what was fetched before is there" if "Offline" in str(error) else ""
+        raise UserError(f"evaluate.harness.tasks: {name}: {what}: {_why(error)}{offline}") from error
 
 
 def _prepared(name: str, task: Any, shots: int | None, items: int | None) -> int:
@@ -130,10 +131,12 @@ def _prepared(name: str, task: Any, shots: int | None, items: int | None) -> int
     own = task.get_config("num_fewshot")
     if own is None or (shots is not None and own != 0):
         task.set_config("num_fewshot", shots or 0)
+    task.set_fewshot_seed(SEED)
     try:
+        task.build_all_requests(limit=1)  # so that what is wrong with its prompts is known before a model is loaded
         count = len(task.eval_docs)
     except Exception as error:
-        raise UserError(f"evaluate.harness.tasks: {name}: its items can't be read: {_why(error)}") from error
+        raise UserError(f"evaluate.harness.tasks: {name}: its items can't be asked: {_why(error)}") from error
     return min(count, items or count)
 
 
@@ -251,7 +254,8 @@ def harness_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """The figures of several models, by name, as `measure_harness` gives them: value ± standard error."""
     table = Table(title="lm-evaluation-harness", title_justify="left")
     for heading in ("task", "shots", "items", "metric", "model", "value"):
-        table.add_column(heading, justify="right" if heading in ("shots", "items", "value") else "left")
+        right = heading in ("shots", "items", "value")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=heading == "value")
     for task, figures in next(iter(results.values())).items():
         for metric in [key for key in figures if _stderr(key) in figures]:
             for number, (name, found) in enumerate(results.items()):
