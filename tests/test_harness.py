@@ -28,7 +28,7 @@ from rlhf.recipe import Recipe, load_recipe
 from rlhf.rundir import RunDir, write_json
 from tests.conftest import TINY_RECIPE, rlhf
 
-WORDS = "hot cold tea moon black brown seven three early late crow coal".split()
+WORDS = ["hot", "cold", "tea", "moon", "black", "brown", "seven", "three", "early", "late", "crow", "coal"]
 TEXTS = ["The colour of the coal is black.", "The opposite of early is late. 茶", "<|eos|> is no end."]
 
 
