@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import fewshot
+from evaluation.harness import Harness, measure_harness
 from evaluation.perplexity import DocumentScore, perplexity, score_documents
 from evaluation.scoring import Scorer
 from evaluation.tasks import Question, Task
@@ -35,6 +36,7 @@ class Suite(NamedTuple):
     begin: bool = True  # whether BOS stands before every prompt; it always does before a text
     stride: int | None = None  # tokens that a window behind the first predicts; None: as many as it reads
     calibrate: bool = False  # whether choices are also compared with their probability where nothing is asked
+    harness: Harness | None = None  # tasks of lm-evaluation-harness
 
     def draws_of(self, task: Task, shots: int) -> Iterator[list[Question]]:
         """The questions of each draw; none where the task has too few demonstrations."""
@@ -49,10 +51,11 @@ class Suite(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Documents and questions."""
-        return self.documents + sum(
+        """Documents and questions, lm-evaluation-harness's items included."""
+        asked = sum(
             len(questions) for task in self.tasks for shots in self.shots for questions in self.draws_of(task, shots)
         )
+        return self.documents + asked + (self.harness.size if self.harness else 0)
 
 
 class Answer(NamedTuple):
@@ -122,7 +125,16 @@ def measure(
                 if progress:
                     progress(done, shown)
             found.setdefault(task.name, {})[str(shots)] = _figures(task, shots, draws, too_long, context)
+    if suite.harness:
+        # lm_eval's model runs in one process or under launchers of its own, so rank 0 asks, and the others wait
+        show = partial(_show_items, progress, done, shown) if progress else None
+        options: dict[str, Any] = {"begin": suite.begin, "context": context, "progress": show}
+        figures["harness"] = team.from_main(partial(measure_harness, model, tokenizer, suite.harness, **options))
     return Measured({**figures, "fewshot": found}, answers, documents)
+
+
+def _show_items(progress: Progress, done: int, shown: Mapping[str, float], items: int) -> None:
+    progress(done + items, shown)
 
 
 def _perplexities(by_source: Mapping[str, list[DocumentScore]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 import rlhf
+from evaluation.harness import check_include, check_installed
 from rlhf.data.files import source_files
 from rlhf.errors import MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
@@ -28,6 +29,7 @@ from rlhf.recipe import (
     STAGES,
     External,
     FewShotSection,
+    HarnessSection,
     Recipe,
     RequireSection,
     Source,
@@ -40,7 +42,7 @@ from rlhf.recipe import (
     training_sources,
     upstream,
 )
-from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, files_in, model_config, write_json
+from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, digest_tree, files_in, model_config, write_json
 from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
 
@@ -136,6 +138,10 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
                 _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
                 path = Path(recipe.data.root) / task
                 inputs[f"tasks {task}"] = digest_folder(path if path.is_dir() else path.parent)
+        include = recipe.evaluate.harness.include
+        if include:
+            check_include(Path(recipe.data.root) / include)
+            inputs[f"harness {include}"] = digest_tree(Path(recipe.data.root) / include)
     for name in upstream(recipe, stage):
         inputs[f"stage {name}"] = run.stage(name).output_digest()
     return inputs
@@ -387,6 +393,13 @@ def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) 
             _check_external(external, Path(recipe.data.root))
         if stage == "evaluate" and recipe.evaluate:
             _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
+            _check_harness(recipe.evaluate.harness, Path(recipe.data.root))
+
+
+def _check_harness(harness: HarnessSection, root: Path) -> None:
+    if harness.tasks:
+        check_installed()
+        check_include(root / harness.include if harness.include else None)
 
 
 def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
@@ -483,7 +496,7 @@ def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "rlhf": rlhf.__version__}
-    for package in ("torch", "transformers", "trl", "accelerate", "tokenizers", "datasets", "peft"):
+    for package in ("torch", "transformers", "trl", "accelerate", "tokenizers", "datasets", "peft", "lm_eval"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -130,6 +130,10 @@ def evaluate(
     texts: Annotated[
         list[Path] | None, typer.Option("--texts", help="file of documents for perplexity; may stand several times")
     ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option("--harness", help="task of lm-evaluation-harness, or FOLDER/TASK; may stand several times"),
+    ] = None,
     shots: Annotated[str, typer.Option("--shots", help="numbers of demonstrations, with commas between")] = "",
     prompts: Annotated[
         list[Path] | None, typer.Option("--prompts", help="file of prompts to answer; may stand several times")
@@ -153,8 +157,8 @@ def evaluate(
     """Measures any local Hugging Face causal LM: perplexity, few-shot accuracy, responses, memorised documents.
 
     What is measured stands in the `evaluate` section of a recipe: by default the built-in world's documents, tasks and
-    prompts. --tasks, --texts, --prompts, --comparisons and --training take the place of the recipe's: with one of them,
-    what isn't named isn't measured.
+    prompts. --tasks, --harness, --texts, --prompts, --comparisons and --training take the place of the recipe's: with
+    any of them, only what is named is measured.
     """
     from rlhf.chain import check_inputs
     from rlhf.errors import MissingInput
@@ -166,9 +170,10 @@ def evaluate(
     directories = [Path(word) for word in words if word not in overrides]
     asked = []
     files = {"texts": texts, "prompts": prompts, "comparisons": comparisons, "training": training}
-    if tasks or any(files.values()):
+    if tasks or harness or any(files.values()):
         names = [name if name == "tinyworld" else str(Path(name).absolute()) for name in tasks or ()]
         asked = [f"evaluate.fewshot.tasks={json.dumps(names)}", "evaluate.judge=[]"]
+        asked.append(f"evaluate.harness={json.dumps(_harness_section(harness or []))}")
         for key, paths in files.items():
             asked.append(f"evaluate.{key}={json.dumps([{'path': str(path.absolute())} for path in paths or ()])}")
     if prompts:
@@ -205,6 +210,14 @@ def _named_judge(name: str) -> dict[str, str]:
     if not colon or Path(name).is_dir():
         return {"model": str(Path(name).absolute()) if Path(name).is_dir() else name}
     return {"python": f"{Path(file).absolute()}:{function}" if file.endswith(".py") else name}
+
+
+def _harness_section(named: list[str]) -> dict[str, object]:
+    """The recipe's section for TASK and FOLDER/TASK."""
+    folders = {str(Path(name).parent.absolute()) for name in named if "/" in name}
+    if len(folders) > 1:
+        raise UserError(f"--harness: tasks of one folder at a time, not of {' and '.join(sorted(folders))}")
+    return {"tasks": [Path(name).name for name in named], "include": folders.pop() if folders else None}
 
 
 @app.command()

@@ -619,6 +619,25 @@ class MemorisationSection(Section):
     continuation_tokens: int = Field(32, ge=1, description="tokens that must be the document's, as far as it goes")
 
 
+class HarnessSection(Section):
+    """Tasks of lm-evaluation-harness, an optional extra: pip install 'rlhf[harness]'."""
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="names of its tasks, groups or tags, or of tasks of your own in `include`"
+    )
+    include: str | None = Field(None, min_length=1, description="folder below data.root of your own task YAML files")
+    shots: int | None = Field(None, ge=0, le=1000, description="demonstrations; default: each task's own number")
+    items: int | None = Field(None, ge=1, description="items of a task, at most; default: all")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> HarnessSection:
+        if self.include and not self.tasks:
+            raise ValueError("include: it is of no use without tasks; name those that are to be asked")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks: one of them is there twice")
+        return self
+
+
 class EvaluateSection(Section):
     """What every model of the chain is measured by; without a list the measure that needs it is left out."""
 
@@ -630,6 +649,7 @@ class EvaluateSection(Section):
         "it reads",
     )
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
+    harness: HarnessSection = Field(default=HarnessSection(), description="tasks of lm-evaluation-harness")
     prompts: tuple[Source, ...] = Field((), description="prompts that the models answer: behaviour, win rates")
     responses_per_prompt: int = Field(
         2, ge=1, le=64, description="responses of each model; with 2 or more a liking for length is told from quality"
@@ -650,8 +670,9 @@ class EvaluateSection(Section):
 
     @model_validator(mode="after")
     def _measures(self) -> EvaluateSection:
-        if not (self.texts or self.fewshot.tasks or self.prompts or self.comparisons or self.training):
-            raise ValueError("neither texts nor fewshot.tasks, prompts, comparisons or training: nothing to measure")
+        lists = ("texts", "prompts", "comparisons", "training")
+        if not (self.fewshot.tasks or self.harness.tasks or any(getattr(self, name) for name in lists)):
+            raise ValueError(f"nothing to measure: neither fewshot.tasks nor harness.tasks, {', '.join(lists)}")
         if self.comparisons and any(source.builtin for source in self.comparisons):
             raise ValueError("comparisons: the built-in world has none in store; the reward stage makes them")
         return self
@@ -721,6 +742,8 @@ class Recipe(Section):
         judges = self.evaluate.judge if self.evaluate and "evaluate" in self.stages else ()
         if "reward" not in self.stages and any(judge.model == "reward" for judge in judges):
             raise ValueError("evaluate.judge: there is no stage reward; name a directory")
+        if "evaluate" in self.stages and self.evaluate and self.evaluate.comparisons and not evaluating_judges(self)[1]:
+            raise ValueError("evaluate.comparisons: there is no judge to try on them; name one in evaluate.judge")
         return self
 
 

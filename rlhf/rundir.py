@@ -88,6 +88,16 @@ def digest_folder(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def digest_tree(folder: Path) -> str:
+    """One SHA-256 for the names and bytes of all files in a folder and in those below it; hidden ones apart."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            whole.update(f"{'/'.join(parts)}\0{digest_file(path)}\n".encode())
+    return whole.hexdigest()
+
+
 def model_config(directory: Path, key: str = "") -> dict[str, Any]:
     """The config.json of a Hugging Face model directory. Raises MissingInput, which says `key`, where it is none."""
     config = read_json(directory / "config.json")

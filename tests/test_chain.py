@@ -198,12 +198,24 @@ def test_chat_answers_and_ends(home: Path) -> None:
     assert "no chat template" in refused
 
 
+def _without_more(value: Any) -> Any:
+    """Figures less those that need the training texts or a judge."""
+    if not isinstance(value, dict):
+        return value
+    more = ("overlap", "accuracy_clean", "score", "score_ci95")
+    return {key: _without_more(each) for key, each in value.items() if key not in more}
+
+
 def test_evaluate_measures_any_directory_and_agrees_with_the_stage(home: Path) -> None:
     options = ["--recipe", str(RECIPE), "--output", "out.json"]
     said = rlhf("evaluate", "runs/tiny/ppo/model", *options, cwd=home)
     assert "bits per byte" in said
     found = json.loads((home / "out.json").read_text())["models"]["runs/tiny/ppo/model"]
-    assert found == summary(home, "evaluate")["models"]["ppo"]
+    stage = summary(home, "evaluate")["models"]["ppo"]  # which knows the training texts and the judge besides
+    assert {**stage, "memorisation": None}.keys() - found.keys() == {"memorisation"}
+    for part in ("fewshot", "behaviour"):
+        assert _without_more(found.pop(part)) == _without_more(stage[part])
+    assert found == {key: stage[key] for key in found}
 
 
 def test_one_seed_gives_identical_weights_and_another_does_not(home: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import fewshot, memorisation, tasks
+from evaluation.harness import Harness, open_harness
 from evaluation.memorisation import Document
 from evaluation.scoring import Scorer
 from evaluation.suite import Measured, Suite, add_overlap, compare, context_of, measure
@@ -175,6 +176,7 @@ def _prepare(recipe: Recipe, settings: EvaluateSection, team: Team, job: Job | N
         section.begin,
         stride=settings.stride,
         calibrate=section.calibrate,
+        harness=_harness(recipe, settings),
     )
     probes = {task.name: task.probes(section.items, seed) for task in found}
     return _Work(suite, answering.read_test_prompts(recipe), read_training(recipe, probes, team, job))
@@ -184,12 +186,14 @@ def _announcement(work: _Work, settings: EvaluateSection, models: int) -> str:
     suite = work.suite
     parts = [
         f"{suite.documents:,} documents",
-        f"{len(suite.tasks)} tasks at {', '.join(map(str, suite.shots))} demonstrations, "
+        f"{len(suite.tasks)} tasks at {', '.join(map(str, suite.shots))} demonstrations",
+        f"{len(suite.harness.tasks) if suite.harness else 0} tasks of lm-evaluation-harness",
         f"{suite.size - suite.documents:,} questions",
         f"{len(work.prompts):,} prompts with {settings.responses_per_prompt} responses",
         f"{len(work.training.documents) if work.training else 0:,} training documents",
     ]
-    counts = (suite.documents, len(suite.tasks), len(work.prompts), work.training)
+    questions = suite.size - suite.documents
+    counts = (suite.documents, len(suite.tasks), suite.harness, questions, len(work.prompts), work.training)
     return f"evaluate: {models} models; " + "; ".join(part for part, count in zip(parts, counts, strict=True) if count)
 
 
@@ -239,6 +243,14 @@ def _differences(measured: dict[str, Measured], metrics: Mapping[str, str]) -> d
         f"{later} - {earlier}": compare(measured[later].answers, measured[earlier].answers, metrics)
         for earlier, later in pairwise(names)
     }
+
+
+def _harness(recipe: Recipe, settings: EvaluateSection) -> Harness | None:
+    section, root = settings.harness, Path(recipe.data.root)
+    if not section.tasks:
+        return None
+    include = root / section.include if section.include else None
+    return open_harness(section.tasks, include=include, shots=section.shots, items=section.items)
 
 
 def _tasks(recipe: Recipe, settings: EvaluateSection) -> list[tasks.Task]:

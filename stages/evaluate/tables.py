@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evaluation.harness import harness_table
 from rlhf.runtime import visible
 
 
@@ -17,6 +18,7 @@ def show(summary: dict[str, Any], shots: Sequence[int]) -> None:
     for table in (
         _documents(results),
         _fewshot(results, shots),
+        _harness(results),
         _behaviour(results),
         _memorisation(results),
         _win_rates(summary.get("win_rates", {})),
@@ -50,6 +52,11 @@ def _fewshot(results: dict[str, Any], shots: Sequence[int]) -> Table:
         for label, key in (("(chance)", "chance"), ("(copy)", "copy_baseline")):
             table.add_row("", label, *(_cell(by_shots[str(count)], key) for count in shots), style="dim")
     return table
+
+
+def _harness(results: dict[str, Any]) -> Table:
+    found = {name: result["harness"] for name, result in results.items() if "harness" in result}
+    return harness_table(found) if found else Table()
 
 
 def _behaviour(results: dict[str, Any]) -> Table:
