@@ -206,6 +206,8 @@ class MetricsLog:
         """
         if self._file is None:
             return
+        if self._trackers:
+            self._trackers.start(step + 1)
         size = position["bytes"] if position else 0
         self._started = time.monotonic() - (position["time"] if position else 0.0)
         there = self._file.seek(0, os.SEEK_END)
@@ -214,8 +216,6 @@ class MetricsLog:
             size = os.pread(self._file.fileno(), there, 0).rfind(b"\n") + 1  # the end of the last whole line
         self._file.truncate(size)
         self._file.seek(size)
-        if self._trackers:
-            self._trackers.start(step + 1)
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from rlhf.errors import MissingInput
 from rlhf.recipe import Recipe
 from rlhf.runtime import log
 
+NOT_SHOWN = ("step", "update", "time")  # they are where a value stands; every tracker has a clock of its own
 GO_ON = ("tensorboard", "dvclive")  # they go on in their folder; of the others, each start is a new run
 
 
@@ -66,7 +67,7 @@ class Trackers:
     def log(self, values: dict[str, Any]) -> None:
         """Passes on the numbers of one line of metrics.jsonl, at its step or update."""
         step = values.get("step", values.get("update"))
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k not in ("step", "update")}
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k not in NOT_SHOWN}
         for name, tracker in tuple(self._running.items()):
             with self._harmless(name):
                 tracker.log(numbers, step=step)
