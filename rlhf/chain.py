@@ -45,6 +45,7 @@ from rlhf.recipe import (
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, digest_tree, files_in, model_config, write_json
 from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
+from rlhf.trackers import check_installed
 
 # What a stage stands on
 
@@ -381,7 +382,8 @@ def _other_versions(directory: StageDir) -> str:
 
 
 def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) -> None:
-    """Checks what can be checked before the first stage runs: files that are read, and the arithmetic of batches."""
+    """Checks what can be checked before the first stage runs: trackers, files, and the arithmetic of batches."""
+    check_installed(recipe.track)
     for stage in wanted:
         if stage in TRAINING and stage != "ppo" and not (stage == "reward" and recipe.reward and recipe.reward.from_):
             microbatches(recipe, stage, processes)

@@ -1,11 +1,13 @@
 """What a stage is given to do its work: the recipe, the run's directory, its team, and how it is interrupted."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rlhf.recipe import Recipe, StageName
 from rlhf.rundir import RunDir, StageDir
 from rlhf.runtime import Interrupts, Meter, MetricsLog
 from rlhf.team import PeerWatch, Team
+from rlhf.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Job:
         """Where the stage writes."""
         return self.run.stage(self.stage)
 
+    @cached_property
+    def trackers(self) -> Trackers:
+        """Who gets the stage's metrics as well; to be closed at the stage's end."""
+        return Trackers(self.recipe, self.stage, self.run.trackers)
+
     def metrics(self) -> MetricsLog:
         """The stage's metrics.jsonl, written by rank 0 alone."""
-        return MetricsLog(self.directory.metrics if self.team.is_main else None)
+        return MetricsLog(self.directory.metrics, self.trackers) if self.team.is_main else MetricsLog(None)

@@ -15,12 +15,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from rlhf.errors import RecipeError
 
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+
+TrackerName = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # those of accelerate.tracking
 
 LARGEST_NUMBER = 10**15
 _NO_RESULT: dict[str, Any] = {"changes_result": False}
@@ -678,6 +691,13 @@ class EvaluateSection(Section):
         return self
 
 
+Trackers = Annotated[
+    tuple[TrackerName, ...],
+    BeforeValidator(
+        lambda given: [given] if isinstance(given, str) else given,
+        json_schema_input_type=TrackerName | tuple[TrackerName, ...],
+    ),
+]
 RunName = Annotated[str, AfterValidator(lambda name: check_name(name))]
 
 
@@ -692,6 +712,9 @@ class Recipe(Section):
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all cores", json_schema_extra=_NO_RESULT)
     checkpoints: CheckpointSection = Field(
         default=CheckpointSection(), description="what a killed run goes on from", json_schema_extra=_NO_RESULT
+    )
+    track: Trackers = Field(
+        (), description="who gets the figures of metrics.jsonl as well, as live curves", json_schema_extra=_NO_RESULT
     )
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = Field(STAGES, description="which stages, in order")
     base: str | None = Field(None, description="directory or hub id of a causal LM, for a chain without pretrain")

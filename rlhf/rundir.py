@@ -293,6 +293,11 @@ class RunDir:
         """Where a person's comparisons are kept: preference files."""
         return self.path / "labels"
 
+    @property
+    def trackers(self) -> Path:
+        """Where trackers that write files keep them."""
+        return self.path / "trackers"
+
     def write_recipe(self, recipe: Recipe) -> None:
         """Saves the resolved recipe."""
         write_atomically(self.path / "recipe.yaml", dump_recipe(recipe))

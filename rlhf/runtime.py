@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from rlhf.trackers import Trackers
+
 PLAIN_LINE_SECONDS = 10.0  # how often a line is printed where the output is no terminal
 
 
@@ -164,10 +166,14 @@ class Bar:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a logged step. Numbers that JSON can't hold become text, so every line parses."""
+    """metrics.jsonl: one object a logged step. Numbers that JSON can't hold become text, so every line parses.
 
-    def __init__(self, path: Path | None) -> None:
+    What is logged is passed on to the trackers.
+    """
+
+    def __init__(self, path: Path | None, trackers: "Trackers | None" = None) -> None:
         """Without a path (on a rank that doesn't write) nothing is kept. Raises UserError for a link or a folder."""
+        self._trackers = trackers
         self._file: BinaryIO | None = None
         if path:
             try:
@@ -187,6 +193,8 @@ class MetricsLog:
         line = json.dumps({k: _finite(v) for k, v in values.items()}, ensure_ascii=False) + "\n"
         self._file.write(line.encode())
         self._file.flush()
+        if self._trackers:
+            self._trackers.log(values)
 
     def position(self) -> dict[str, Any]:
         """Where the file ends now, for a checkpoint; what stands there is on the disk."""
@@ -195,10 +203,15 @@ class MetricsLog:
         os.fsync(self._file.fileno())
         return {"bytes": self._file.tell(), "time": time.monotonic() - self._started}
 
-    def cut_back(self, position: dict[str, Any] | None) -> None:
-        """Forgets what was logged after a checkpoint, so that no step stands there twice; None: forgets everything."""
+    def cut_back(self, position: dict[str, Any] | None, step: int = -1) -> None:
+        """Forgets what was logged after a checkpoint, that of this step, so that no step stands there twice.
+
+        None: forgets everything. The trackers start behind it.
+        """
         if self._file is None:
             return
+        if self._trackers:
+            self._trackers.start(step + 1)
         size = position["bytes"] if position else 0
         self._started = time.monotonic() - (position["time"] if position else 0.0)
         there = self._file.seek(0, os.SEEK_END)

@@ -48,7 +48,7 @@ class Saver:
                 f"the checkpoint {found.path} is not one of ours ({type(error).__name__}: {error}); remove it, and the "
                 "same command goes on from the one before"
             ) from None
-        self._metrics.cut_back(position)
+        self._metrics.cut_back(position, found.step)
         if before != self._team.size:
             log(
                 f"{self._job.stage}: the checkpoint was written by {before} processes and is gone on from with "
@@ -63,7 +63,7 @@ class Saver:
         found = self._team.from_main(self._store.newest)
         if found is None:
             raise StageFailed(f"{self._job.stage}: there is no whole checkpoint to go back to")
-        self._metrics.cut_back(found.facts["metrics"])
+        self._metrics.cut_back(found.facts["metrics"], found.step)
         self._restore_random_state(found)
         return found
 

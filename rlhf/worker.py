@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare, take_back
@@ -127,7 +127,8 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
         alone = stage not in SHARED
         if not alone or team.is_main:
             job = Job(recipe, run, stage, Team() if alone else team, None if alone else watch, meter, interrupts)
-            _run_stage(job)
+            with closing(job.trackers):
+                _run_stage(job)
         team.wait()
         if watch:
             watch.end()

@@ -20,6 +20,7 @@ FLOORS = [
         "rlhf.rundir",
         "rlhf.team",
         "rlhf.job",
+        "rlhf.trackers",
         "rlhf.saver",
         "rlhf.plugins",
         "rlhf.templates",
