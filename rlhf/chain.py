@@ -45,7 +45,7 @@ from rlhf.recipe import (
 from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, digest_tree, files_in, model_config, write_json
 from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
-from rlhf.trackers import check_installed
+from rlhf.trackers import check_trackers
 
 # What a stage stands on
 
@@ -383,7 +383,7 @@ def _other_versions(directory: StageDir) -> str:
 
 def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) -> None:
     """Checks what can be checked before the first stage runs: trackers, files, and the arithmetic of batches."""
-    check_installed(recipe.track)
+    check_trackers(recipe.track)
     for stage in wanted:
         if stage in TRAINING and stage != "ppo" and not (stage == "reward" and recipe.reward and recipe.reward.from_):
             microbatches(recipe, stage, processes)

@@ -19,7 +19,7 @@ NOT_SHOWN = ("step", "update", "time")  # they are where a value stands; every t
 GO_ON = ("tensorboard", "dvclive")  # they go on in their folder; of the others, each start is a new run
 
 
-def check_installed(names: Iterable[str]) -> None:
+def check_trackers(names: Iterable[str]) -> None:
     """Raises MissingInput where a tracker's package, which has the tracker's name, is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
