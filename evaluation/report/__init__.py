@@ -1,0 +1,79 @@
+"""A run told from its files alone: as a page, as Markdown for a pull request, as JSON.
+
+    write_report(Path("runs/quickstart"))                                    # runs/quickstart/report.html
+    write_report(Path("runs/a"), Path("runs/b"), Path("a-b.md"), "md")       # two runs beside each other
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluation.report.compare import comparison, differences_as_json
+from evaluation.report.curves import curves
+from evaluation.report.document import Document
+from evaluation.report.gather import Report, gather
+from evaluation.report.judged import optimisation, reward
+from evaluation.report.markdown import markdown
+from evaluation.report.measured import contamination, evaluation, fewshot, gains, win_rates
+from evaluation.report.overview import chain, headline
+from evaluation.report.page import page
+from evaluation.report.told import answers, lineage
+from rlhf.errors import UserError
+from rlhf.rundir import write_atomically
+
+FORMATS = ("html", "json", "md")
+MOST_BYTES = 3_000_000
+# how much is shown of what may be long, tried in turn until the page is small enough:
+# (prompts with responses, characters of each text, charts of few-shot tasks)
+ROOM = ((24, 2000, 60), (12, 800, 40), (6, 400, 16), (3, 200, 4))
+
+
+def render(run_dir: Path, other: Path | None, kind: str) -> str:
+    """The report of a run, or of two beside each other, as text of this kind: html, json or md.
+
+    Raises MissingInput where a directory is no run's, RecipeError where its recipe can't be read.
+    """
+    first, second = gather(run_dir), gather(other) if other else None
+    if kind == "json":
+        both = {"a": first.as_json(), "b": second.as_json(), "recipe_differences": differences_as_json(first, second)} if second else None
+        return json.dumps(both or first.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    made: Callable[..., Document] = (lambda *_: comparison(first, second)) if second else (lambda *room: document(first, *room))
+    if kind == "md":
+        return markdown(made(*ROOM[0]))
+    for room in ROOM:
+        text = page(made(*room))
+        if len(text.encode()) < MOST_BYTES:
+            return text
+    raise UserError(f"{run_dir}: its report would be larger than {MOST_BYTES:,} bytes; take --format json")
+
+
+def document(report: Report, most_answers: int, longest_text: int, most_charts: int) -> Document:
+    """Everything there is to tell of a run."""
+    sections = [
+        headline(report),
+        chain(report),
+        curves(report),
+        evaluation(report),
+        gains(report),
+        fewshot(report, most_charts),
+        contamination(report),
+        win_rates(report),
+        reward(report),
+        optimisation(report),
+        answers(report, most_answers, longest_text),
+        lineage(report),
+    ]
+    return Document(report.name, f"{report.directory}, rlhf {report.version}", sections)
+
+
+def write_report(run_dir: Path, other: Path | None = None, output: Path | None = None, kind: str = "html") -> Path:
+    """Writes the report, by default as report.html into the run's directory; returns where it is.
+
+    Raises MissingInput where a directory is no run's, RecipeError where its recipe can't be read, OSError where the
+    file can't be written.
+    """
+    text = render(run_dir, other, kind)
+    name = f"report-vs-{other.absolute().name}" if other else "report"
+    target = output or run_dir / f"{name}.{kind}"
+    write_atomically(target, text.encode("utf-8", "backslashreplace").decode())
+    return target
