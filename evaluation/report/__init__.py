@@ -1,14 +1,13 @@
 """A run told from its files alone: as a page, as Markdown for a pull request, as JSON.
 
-    write_report(Path("runs/quickstart"))                                    # runs/quickstart/report.html
-    write_report(Path("runs/a"), Path("runs/b"), Path("a-b.md"), "md")       # two runs beside each other
+write_report(Path("runs/quickstart"))                                    # runs/quickstart/report.html
+write_report(Path("runs/a"), Path("runs/b"), Path("a-b.md"), "md")       # two runs beside each other
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from evaluation.report.compare import comparison, differences_as_json
+from evaluation.report.compare import as_json, comparison
 from evaluation.report.curves import curves
 from evaluation.report.document import Document
 from evaluation.report.gather import Report, gather
@@ -17,6 +16,7 @@ from evaluation.report.markdown import markdown
 from evaluation.report.measured import contamination, evaluation, fewshot, gains, win_rates
 from evaluation.report.overview import chain, headline
 from evaluation.report.page import page
+from evaluation.report.reading import words
 from evaluation.report.told import answers, lineage
 from rlhf.errors import UserError
 from rlhf.rundir import write_atomically
@@ -35,13 +35,13 @@ def render(run_dir: Path, other: Path | None, kind: str) -> str:
     """
     first, second = gather(run_dir), gather(other) if other else None
     if kind == "json":
-        both = {"a": first.as_json(), "b": second.as_json(), "recipe_differences": differences_as_json(first, second)} if second else None
-        return json.dumps(both or first.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    made: Callable[..., Document] = (lambda *_: comparison(first, second)) if second else (lambda *room: document(first, *room))
-    if kind == "md":
-        return markdown(made(*ROOM[0]))
+        values = as_json(first, second) if second else first.as_json()
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for room in ROOM:
-        text = page(made(*room))
+        found = comparison(first, second) if second else document(first, *room)
+        if kind == "md":
+            return markdown(found)
+        text = page(found)
         if len(text.encode()) < MOST_BYTES:
             return text
     raise UserError(f"{run_dir}: its report would be larger than {MOST_BYTES:,} bytes; take --format json")
@@ -63,7 +63,9 @@ def document(report: Report, most_answers: int, longest_text: int, most_charts: 
         answers(report, most_answers, longest_text),
         lineage(report),
     ]
-    return Document(report.name, f"{report.directory}, rlhf {report.version}", sections)
+    started = min((words(stage.summary, "started") for stage in report.stages.values() if stage.summary), default="")
+    told = ["The report of a run", report.directory, started[:10], f"rlhf {report.version}"]
+    return Document(report.name, " · ".join(part for part in told if part), sections)
 
 
 def write_report(run_dir: Path, other: Path | None = None, output: Path | None = None, kind: str = "html") -> Path:

@@ -1,4 +1,4 @@
-"""Charts as SVG that can stand in a page: no fonts, no ids that another chart has, no text that is taken for mathematics.
+"""Charts as SVG that can stand in a page: no fonts, no ids that another chart has, no text taken for mathematics.
 
 Every series has a line style, a marker and a name at its end, so that no colour is needed to tell it from another.
 """
@@ -7,7 +7,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -21,8 +22,9 @@ SIZE, SMALL = (5.0, 3.2), (3.6, 2.6)  # inches
 COLOURS = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed", "#4b5563")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 2, 2)))
 MARKERS, GLYPHS = "os^Dv", "●■▲◆▼"
+WHOLE = ("step", "update", "tokens of the response")  # axes on which there is nothing between whole numbers
 INK, FAINT = "#374151", "#9ca3af"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.formatter.use_mathtext": False,
@@ -66,11 +68,9 @@ def draw_lines(
     share: bool = False,
 ) -> str:
     """Curves over a common axis. `labels` are those of the axes; `at` marks a place on the horizontal one; `share`
-    says that values lie between 0 and 1. `name` is unique in the page.
+    says that values lie between 0 and 1. `name` is to be unique in the page.
     """
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        place = figure.subplots()
+    with _figure(name, SIZE) as (figure, place):
         for number, line in enumerate(lines):
             _draw(place, number, line)
         if at is not None:
@@ -79,8 +79,12 @@ def draw_lines(
                 at[1], (at[0], 0), xycoords=("data", "axes fraction"), xytext=(-4, 4), textcoords="offset points",
                 ha="right", fontsize=9,
             )  # fmt: skip
+        values = {value for line in lines for value in line.y}
         if share:
             place.set_ylim(-0.03, 1.05)
+        elif len(values) == 1 and (value := values.pop()):  # rounding is no news
+            place.set_ylim(min(0.0, 1.5 * value), max(0.0, 1.5 * value))
+        place.locator_params(axis="x", nbins=8, integer=labels[0] in WHOLE)
         _finish(place, title, labels)
         _name_lines(place, lines)
         return _svg(figure, name, title)
@@ -92,14 +96,12 @@ def draw_fewshot(
     """Accuracy over numbers of demonstrations, which stand side by side whatever lies between them; `x` of the lines
     are places in `counts`. Models are drawn beside each other, so that none hides another.
     """
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=SMALL if small else SIZE, layout="constrained")
-        place = figure.subplots()
+    with _figure(name, SMALL if small else SIZE) as (figure, place):
         if chance is not None:
             place.axhline(chance, color=INK, linestyle=":", linewidth=1.2)
             place.annotate(
-                f"chance {chance:.2g}", (0, chance), xycoords=("axes fraction", "data"), xytext=(3, 3),
-                textcoords="offset points", fontsize=9,
+                f"chance {chance:.3g}", (1, chance), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                textcoords="offset points", fontsize=9, ha="right",
             )  # fmt: skip
         shifts = [0.12 * (number - (len(lines) - 1) / 2) for number in range(len(lines))]
         for number, (line, shift) in enumerate(zip(lines, shifts, strict=True)):
@@ -113,9 +115,7 @@ def draw_fewshot(
 
 def draw_reliability(name: str, title: str, judges: Sequence[Line]) -> str:
     """How often a judge is right over how sure it is; on the diagonal it knows itself."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        place = figure.subplots()
+    with _figure(name, SIZE) as (figure, place):
         place.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1)
         place.annotate("knows itself", (0.5, 0.5), xytext=(8, -4), textcoords="offset points", fontsize=9)
         for number, line in enumerate(judges):
@@ -128,12 +128,24 @@ def draw_reliability(name: str, title: str, judges: Sequence[Line]) -> str:
 
 def draw_points(name: str, title: str, labels: tuple[str, str], x: Sequence[float], y: Sequence[float]) -> str:
     """A point for each pair of values."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        place = figure.subplots()
+    with _figure(name, SIZE) as (figure, place):
         place.plot(x, y, "o", markersize=3.5, alpha=0.35, color=COLOURS[0], markeredgewidth=0)
+        place.locator_params(axis="x", nbins=8, integer=labels[0] in WHOLE)
         _finish(place, title, labels)
         return _svg(figure, name, title)
+
+
+@contextmanager
+def _figure(name: str, size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of so many inches; in our style while it is drawn and written."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots()
+
+
+def _inches(place: Axes) -> tuple[float, float]:
+    figure = place.get_figure(root=True)
+    return tuple(figure.get_size_inches()) if figure else SIZE
 
 
 def _draw(place: Axes, number: int, line: Line, *, always_marked: bool = False) -> None:
@@ -147,8 +159,8 @@ def _draw(place: Axes, number: int, line: Line, *, always_marked: bool = False) 
     if known:
         below = [max(0.0, y - bounds[0]) for _, y, bounds in known]
         above = [max(0.0, bounds[1] - y) for _, y, bounds in known]
-        x, y = [point[0] for point in known], [point[1] for point in known]
-        place.errorbar(x, y, [below, above], fmt="none", ecolor=colour, elinewidth=1, alpha=0.6)
+        xs, ys = [point[0] for point in known], [point[1] for point in known]
+        place.errorbar(xs, ys, [below, above], fmt="none", ecolor=colour, elinewidth=1, alpha=0.6)
     for x, y, mark in zip(line.x, line.y, line.marks, strict=False):
         if mark:
             place.annotate(mark, (x, y), xytext=(3, -11), textcoords="offset points", fontsize=9, color=colour)
@@ -157,7 +169,12 @@ def _draw(place: Axes, number: int, line: Line, *, always_marked: bool = False) 
 def _finish(place: Axes, title: str, labels: tuple[str, str]) -> None:
     place.set_xlabel(one_line(labels[0]), fontsize=10)
     place.set_ylabel(one_line(labels[1]), fontsize=10)
-    place.set_title(one_line(title), fontsize=11, loc="left", fontweight="bold")
+    place.set_title(
+        one_line(title, 26 if _inches(place) < SIZE else 44),
+        fontsize=11,
+        loc="left",
+        fontweight="bold",
+    )
     place.tick_params(length=0)
     place.set_axisbelow(True)
     place.locator_params(axis="y", nbins=6)
@@ -168,10 +185,10 @@ def _finish(place: Axes, title: str, labels: tuple[str, str]) -> None:
 def _name_lines(place: Axes, lines: Sequence[Line]) -> None:
     """The name of every line at the height of its end, right of the chart, as near as names can stand."""
     last = [(number, line.y[-1]) for number, line in enumerate(lines) if line.y]
-    if not last:
+    if len(lines) < 2:  # the title has said it
         return
     place.set_ylim(place.get_ylim())  # as it is now
-    (low, high), apart = place.get_ylim(), 0.085 * SIZE[1] / place.figure.get_size_inches()[1]
+    (low, high), apart = place.get_ylim(), 0.085 * SIZE[1] / _inches(place)[1]
     heights = _spread([(value - low) / (high - low) if high > low else 0.5 for _, value in last], apart)
     for (number, _), height in zip(last, heights, strict=True):
         place.annotate(

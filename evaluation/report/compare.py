@@ -1,12 +1,14 @@
 """Two runs beside each other: what differs in their recipes, their stages, what their models are worth."""
 
+import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from evaluation.report.charts import draw_lines
 from evaluation.report.curves import compared_curves
 from evaluation.report.document import Block, Cell, Chart, Charts, Document, Paragraph, Section, Table, text
-from evaluation.report.energy import energy
+from evaluation.report.energy import ASSUMPTIONS, energy
 from evaluation.report.gather import Report
 from evaluation.report.judged import UNITS, course_lines
 from evaluation.report.measured import (
@@ -57,6 +59,7 @@ COSTS = (
     Measure("cpu_seconds", "CPU-seconds", 1),
     Measure("peak_memory_mib", "memory, MiB", 0),
     Measure("parameters", "parameters", 0),
+    Measure("energy_wh", "energy, Wh (estimate)", 2),
 )
 
 
@@ -97,29 +100,33 @@ def differs(first: Report, second: Report) -> Section:
 
 
 def _value(value: Any) -> str:
-    return shortened(" ".join(str(value).split()), LONGEST_VALUE)
+    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return shortened(" ".join(said.split()), LONGEST_VALUE)
 
 
 def _stages(first: Report, second: Report) -> Section:
     rows = []
     for stage, measures in STAGE_FIGURES.items():
-        a, b = first.summary(stage), second.summary(stage)
-        for measure in (*measures, *COSTS):
-            if number(a, measure.key) is not None or number(b, measure.key) is not None:
-                rows.append([text(f"{stage}: {measure.name}"), *compared(a, b, measure)])
-        used = [energy(summary) for summary in (a, b)]
-        if any(used):
-            pair = [{"energy": spent.total} if spent else {} for spent in used]
-            rows.append([text(f"{stage}: energy, Wh (estimate)"), *compared(*pair, Measure("energy", "", 2))])
+        a, b = (with_energy(run.summary(stage)) for run in (first, second))
+        known = [measure for measure in (*measures, *COSTS) if number(a, measure.key) or number(b, measure.key)]
+        for place, measure in enumerate(known):
+            named = Cell("" if place else stage, full=stage, number=False)
+            rows.append([named, text(measure.name), *compared(a, b, measure)])
     states = [
         Paragraph(f"{letter}: {stage.name} is {stage.state}.", "warning")
         for letter, run in (("A", first), ("B", second))
         for stage in run.stages.values()
         if stage.state != "done"
     ]
-    header = ("", "A", "B", "B − A", "intervals")
-    blocks: list[Block] = [*states, Table("Figures of each stage", header, rows)] if rows else list(states)
+    header = ("stage", "", "A", "B", "B − A", "intervals")
+    blocks: list[Block] = [*states, Table("Figures of each stage", header, rows, (ASSUMPTIONS,))] if rows else [*states]
     return Section("chain", "Stages", blocks or [Paragraph("No stage of either run is done.", "missing")])
+
+
+def with_energy(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary with the estimate of `energy_wh`."""
+    spent = energy(summary)
+    return {**summary, "energy_wh": spent.total} if spent else summary
 
 
 def compared(a: dict[str, Any], b: dict[str, Any], measure: Measure) -> list[Cell]:
@@ -130,10 +137,10 @@ def compared(a: dict[str, Any], b: dict[str, Any], measure: Measure) -> list[Cel
 
 
 def overlap(a: dict[str, Any], b: dict[str, Any], key: str) -> str:
-    """Whether two intervals overlap, in words; a dash where one isn't known."""
+    """Whether two intervals overlap, in words; empty where one isn't known."""
     first, second = interval(a, key), interval(b, key)
     if first is None or second is None:
-        return "–"
+        return ""
     return "overlap" if first[0] <= second[1] and second[0] <= first[1] else "apart"
 
 
@@ -161,12 +168,12 @@ def _model_rows(a: dict[str, Any], b: dict[str, Any]) -> Iterator[list[Cell]]:
     both = {"A": a, "B": b}
     for task in tasks_of(both):
         for count in counts_of(both, task):
-            pair = [group(figures, "fewshot", task, count) for figures in (a, b)]
-            yield [text(f"{one_line(task)}, {one_line(count)} demonstrations"), *compared(*pair, ACCURACY)]
+            first, second = (group(figures, "fewshot", task, count) for figures in (a, b))
+            yield [text(f"{one_line(task)}, {one_line(count)} demonstrations"), *compared(first, second, ACCURACY)]
     for measure in BEHAVIOUR:
-        pair = [group(figures, "behaviour") for figures in (a, b)]
-        if any(number(figures, measure.key) is not None for figures in pair):
-            yield [text(measure.name), *compared(*pair, measure)]
+        first, second = group(a, "behaviour"), group(b, "behaviour")
+        if number(first, measure.key) is not None or number(second, measure.key) is not None:
+            yield [text(measure.name), *compared(first, second, measure)]
 
 
 def _courses(first: Report, second: Report) -> Section:
@@ -178,14 +185,15 @@ def _courses(first: Report, second: Report) -> Section:
             for line in course_lines(run.summary("ppo"), unit, f"{letter} ")
         ]
         if lines:
-            svg = draw_lines(f"course-{unit}", name.capitalize(), ("√KL to the reference, nats", name), lines)
-            charts.append(Chart(svg, f"{name} over the square root of KL, on held-out prompts"))
+            draw = partial(
+                draw_lines, title=name.capitalize(), labels=("√KL to the reference, nats", name), lines=lines
+            )
+            charts.append(Chart(draw, f"{name} over the square root of KL, on held-out prompts"))
     blocks: list[Block] = [Charts(charts)] if charts else [Paragraph("Neither run has a course of PPO.", "missing")]
     return Section("optimisation", "Over-optimisation", blocks)
 
 
-def differences_as_json(first: Report, second: Report) -> dict[str, Any]:
-    """The recipes' differences, for machines."""
-    return {key: {"a": a, "b": b} for key, (a, b) in recipe_differences(first, second).items()}
-
-
+def as_json(first: Report, second: Report) -> dict[str, Any]:
+    """Both runs and what differs in their recipes, as plain values."""
+    found = {key: {"a": a, "b": b} for key, (a, b) in recipe_differences(first, second).items()}
+    return {"a": first.as_json(), "b": second.as_json(), "recipe_differences": found}

@@ -1,11 +1,13 @@
 """The course of each stage, from its metrics."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from evaluation.report.charts import Line, draw_lines
 from evaluation.report.document import Block, Chart, Charts, Paragraph, Section
 from evaluation.report.gather import Report, StageReport
+from rlhf.runtime import format_number
 
 
 class Plot(NamedTuple):
@@ -79,7 +81,7 @@ def compared_curves(first: Report, second: Report) -> Section:
 def _drawn(name: str, stages: dict[str, StageReport]) -> Iterator[Chart]:
     """The charts of one stage of one run, or of several runs by their letters."""
     across = "update" if name == "ppo" else "step"
-    for number, plot in enumerate(PLOTS[name]):
+    for plot in PLOTS[name]:
         lines = [
             Line(f"{letter} {said}".strip() if len(plot.keys) > 1 or not letter else letter, curve.steps, curve.values)
             for letter, stage in stages.items()
@@ -87,8 +89,12 @@ def _drawn(name: str, stages: dict[str, StageReport]) -> Iterator[Chart]:
             if (curve := stage.curves.get(key)) and curve.values
         ]
         if lines:
-            svg = draw_lines(f"{name}{number}", plot.title, (across, plot.unit), lines, share=plot.share)
-            yield Chart(svg, f"{plot.title}, {plot.unit}, over {across}s")
+            draw = partial(draw_lines, title=plot.title, labels=(across, plot.unit), lines=lines, share=plot.share)
+            yield Chart(draw, f"{plot.title} ends at {', '.join(_end(line, len(lines)) for line in lines)}.")
+
+
+def _end(line: Line, of: int) -> str:
+    return format_number(line.y[-1]) + (f" ({line.name})" if of > 1 else "")
 
 
 def _left_out(stage: StageReport) -> Iterator[str]:

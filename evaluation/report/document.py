@@ -1,6 +1,6 @@
 """What a report is made of, before it is a page or Markdown: sections of paragraphs, tables, charts and answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -24,9 +24,9 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A picture: SVG that `evaluation.report.charts` has drawn."""
+    """A picture, drawn when it is needed: SVG by `evaluation.report.charts`, for a name that is unique in the page."""
 
-    svg: str
+    draw: Callable[[str], str]
     caption: str
     small: bool = False  # many of them stand beside each other
 
@@ -62,6 +62,7 @@ class Folded(NamedTuple):
 
     title: str
     text: str
+    open: bool = False  # before it is asked for, and so in print
 
 
 class Reply(NamedTuple):

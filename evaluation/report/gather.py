@@ -104,7 +104,9 @@ def gather(run_dir: Path) -> Report:
 
 def again(run_dir: Path, stage: str) -> str:
     """The command that runs a stage of this run."""
-    return shlex.join(["rlhf", "run", stage, "--recipe", str(run_dir / "recipe.yaml"), "--runs-dir", str(run_dir.parent)])
+    return shlex.join(
+        ["rlhf", "run", stage, "--recipe", str(run_dir / "recipe.yaml"), "--runs-dir", str(run_dir.parent)]
+    )
 
 
 def _stage(run: RunDir, name: str) -> StageReport:

@@ -1,6 +1,7 @@
 """The reward model, and what optimising against it did."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from evaluation.report.charts import Line, draw_lines, draw_points, draw_reliability
@@ -30,6 +31,11 @@ ACCURACIES = {
     "labellers_agree_with_gold": "the labellers themselves, against gold",
     "length_baseline_accuracy": "preferring the longer response",
 }
+AFTER_ONLY = (
+    Measure("kl", "KL, nats", 3),
+    Measure("response_tokens", "length, tokens", 1),
+    Measure("responses_ended", "responses that end", 3),
+)
 UNITS = {"score": "judge's score", "second": "second judge's score", "gold": "gold reward"}
 
 
@@ -45,7 +51,8 @@ def reward(report: Report) -> Section:
     told = _calibration(summary)
     if told:
         blocks.append(Paragraph(told))
-    pictures = list(_charts(report.calibration)) or [Picture(uri, what) for what, uri in report.pictures.items()]
+    pictures: list[Chart | Picture] = [*_charts(report.calibration)]
+    pictures = pictures or [Picture(uri, what) for what, uri in report.pictures.items()]
     if pictures:
         blocks.append(Charts(pictures))
     return Section("reward", "Reward model", [*blocks, *_judges(report)])
@@ -111,8 +118,8 @@ def _charts(calibration: dict[str, Any]) -> Iterator[Chart]:
     kinds = (("bins_before", "as trained"), ("bins_after", "with temperature"))
     lines = [line for key, name in kinds if (line := _bins(calibration, key, name)).x]
     if lines:
-        svg = draw_reliability("reliability", "Reliability", lines)
-        yield Chart(svg, "How often the judge is right, by how sure it is; on the diagonal it knows itself")
+        draw = partial(draw_reliability, title="Reliability", judges=lines)
+        yield Chart(draw, "How often the judge is right, by how sure it is; on the diagonal it knows itself")
     points = [
         (number({"": point[0]}, ""), number({"": point[1]}, ""))
         for point in items(calibration, "points")
@@ -121,9 +128,10 @@ def _charts(calibration: dict[str, Any]) -> Iterator[Chart]:
     known = [(tokens, score) for tokens, score in points if tokens is not None and score is not None]
     if known:
         labels = ("tokens of the response", "score")
-        svg = draw_points("length", "Score and length", labels, *map(list, zip(*known, strict=True)))
+        x, y = map(list, zip(*known, strict=True))
+        draw = partial(draw_points, title="Score and length", labels=labels, x=x, y=y)
         drawn, all_ = len(known), number(calibration, "responses") or len(known)
-        yield Chart(svg, f"The scores of {drawn:,} of {all_:,.0f} held-out responses over their length")
+        yield Chart(draw, f"The scores of {drawn:,} of {all_:,.0f} held-out responses over their length")
 
 
 def _bins(calibration: dict[str, Any], key: str, name: str) -> Line:
@@ -189,10 +197,11 @@ def _before_and_after(summary: dict[str, Any]) -> Table:
                 text(verdict(bounds, 1)),
             ]
         )
-    after_only = (("kl", "KL, nats", 3), ("response_tokens", "length, tokens", 1), ("responses_ended", "share ended", 3))
-    for key, name, places in after_only:
-        if number(summary, key) is not None:
-            rows.append([text(name), Cell(""), cell(summary, Measure(key, "", places)), Cell(""), text("")])
+    rows += [
+        [text(measure.name), Cell(""), cell(summary, measure), Cell(""), text("")]
+        for measure in AFTER_ONLY
+        if number(summary, measure.key) is not None
+    ]
     return Table("On test prompts, before and after PPO", ("", "before", "after", "difference", "verdict"), rows)
 
 
@@ -204,8 +213,10 @@ def _course(report: Report, summary: dict[str, Any]) -> Iterator[Chart]:
         if lines:
             furthest = max(x for line in lines for x in line.x)
             shown = at if at and at[0] <= 1.6 * furthest else None  # one far away would press the curves together
-            svg = draw_lines(f"course-{unit}", name.capitalize(), ("√KL to the reference, nats", name), lines, at=shown)
-            yield Chart(svg, f"{name} over the square root of KL, on held-out prompts")
+            draw = partial(
+                draw_lines, title=name.capitalize(), labels=("√KL to the reference, nats", name), lines=lines, at=shown
+            )
+            yield Chart(draw, f"{name} over the square root of KL, on held-out prompts")
 
 
 def course_lines(summary: dict[str, Any], unit: str, prefix: str = "") -> list[Line]:

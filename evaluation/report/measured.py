@@ -3,6 +3,8 @@ contamination, memorisation, win rates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from evaluation.report.charts import Line, draw_fewshot
@@ -23,7 +25,8 @@ from evaluation.report.reading import (
 )
 from evaluation.report.reading import with_digits as digits
 
-MOST_MEMORISED, LONGEST_MEMORISED = 10, 300
+MOST_NOTES, LONGEST_REASON, LONGEST_LIST = 12, 120, 400
+MOST_MEMORISED, LONGEST_MEMORISED = 5, 300
 
 
 class Measure(NamedTuple):
@@ -67,7 +70,10 @@ def missing(report: Report, what: str, stage: str = "evaluate") -> list[Block]:
     if found is None:
         return [Paragraph(f"{what}: the recipe has no stage {stage}.", "missing")]
     if found.state == "done":
-        return [Paragraph(f"{what}: the stage {stage} of this run did not measure it.", "missing")]
+        told = (
+            f"{what}: the stage {stage} of this run did not measure it. With a recipe that asks for it: {found.command}"
+        )
+        return [Paragraph(told, "missing")]
     return [Paragraph(f"{what}: the stage {stage} is not done ({found.state}). Run: {found.command}", "missing")]
 
 
@@ -118,7 +124,6 @@ def _fewshot_table(models: dict[str, dict[str, Any]]) -> Table | None:
     for task in tasks_of(models):
         for place, count in enumerate(counts_of(models, task)):
             found = [group(figures, "fewshot", task, count) for figures in models.values()]
-            first = found[0]
             rows.append(
                 [
                     Cell(one_line(task) if place == 0 else "", full=task, number=False),
@@ -126,14 +131,31 @@ def _fewshot_table(models: dict[str, dict[str, Any]]) -> Table | None:
                     Cell(digits(_any(found, "chance"), 3)),
                     Cell(digits(_any(found, "copy_baseline"), 3)),
                     *(_accuracy(figures) for figures in found),
-                    text(words(first, "metric") or "–"),
                 ]
             )
     if not rows:
         return None
-    header = ("task", "demonstrations", "chance", "copying", *map(one_line, models), "metric")
-    notes = ("In brackets: 95 % intervals. Copying: the commonest answer among the demonstrations.",)
+    header = ("task", "demo.", "chance", "copying", *map(one_line, models))
+    notes = [
+        "By number of demonstrations (demo.), with 95 % intervals. Copying: the commonest answer that is shown.",
+        *_metrics_of(models),
+    ]
     return Table("Few-shot accuracy", header, rows, notes)
+
+
+def _metrics_of(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Which tasks are counted by which metric, and why some have no accuracy."""
+    found: dict[str, dict[str, None]] = {}
+    for task in tasks_of(models):
+        for figures in models.values():
+            for count in counts_of(models, task):
+                at = group(figures, "fewshot", task, count)
+                if metric := words(at, "metric"):
+                    found.setdefault(f"Counted by {one_line(metric)}", {})[one_line(task)] = None
+                if why := words(at, "not_available"):
+                    told = f"n/a at {one_line(count)}, {shortened(' '.join(why.split()), LONGEST_REASON)}"
+                    found.setdefault(told, {})[one_line(task)] = None
+    return [f"{told}: {shortened(', '.join(tasks), LONGEST_LIST)}." for told, tasks in list(found.items())[:MOST_NOTES]]
 
 
 def _any(found: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -142,7 +164,7 @@ def _any(found: Sequence[dict[str, Any]], key: str) -> float | None:
 
 def _accuracy(figures: dict[str, Any]) -> Cell:
     why = words(figures, "not_available")
-    return Cell("not available", shortened(why, 80)) if why else cell(figures, ACCURACY)
+    return Cell("n/a", full=why) if why else cell(figures, ACCURACY)
 
 
 def tasks_of(models: dict[str, dict[str, Any]]) -> list[str]:
@@ -228,7 +250,7 @@ def _text_gains(models: dict[str, dict[str, Any]]) -> Iterator[list[Cell]]:
     names = list(models)
     measures = [measure for measure in TEXTS if measure.key in ("bits_per_byte", "nats_per_token")]
     for measure in measures:
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in pairwise(names):
             before, after = number(models[first], measure.key), number(models[second], measure.key)
             if before is None or after is None:
                 continue
@@ -255,7 +277,9 @@ def unpaired(first: dict[str, Any], second: dict[str, Any], key: str) -> Interva
 def _accuracy_gains(pair: str, tasks: dict[str, Any]) -> Table | None:
     by_task = {task: group(tasks, task) for task in tasks}
     counts = sorted({count for found in by_task.values() for count in found}, key=_rising)
-    rows = [[text(one_line(task)), *(_gain(group(found, count)) for count in counts)] for task, found in by_task.items()]
+    rows = [
+        [text(one_line(task)), *(_gain(group(found, count)) for count in counts)] for task, found in by_task.items()
+    ]
     if not rows or not counts:
         return None
     notes = ("By number of demonstrations, item by item; in brackets the 95 % interval.",)
@@ -281,7 +305,7 @@ def fewshot(report: Report, most: int) -> Section:
     """A small chart for each task."""
     models = models_of(report)
     tasks = tasks_of(models)
-    drawn = [_fewshot_chart(number, task, models) for number, task in enumerate(tasks[:most])]
+    drawn = [_fewshot_chart(task, models) for task in tasks[:most]]
     charts = [chart for chart in drawn if chart]
     if not charts:
         return Section("fewshot", "Accuracy over the number of demonstrations", missing(report, "No few-shot tasks"))
@@ -292,19 +316,22 @@ def fewshot(report: Report, most: int) -> Section:
     return Section("fewshot", "Accuracy over the number of demonstrations", blocks)
 
 
-def _fewshot_chart(place: int, task: str, models: dict[str, dict[str, Any]]) -> Chart | None:
+def _fewshot_chart(task: str, models: dict[str, dict[str, Any]]) -> Chart | None:
     counts = counts_of(models, task)
     lines = []
     for name, figures in models.items():
         found = [(x, group(figures, "fewshot", task, count)) for x, count in enumerate(counts)]
-        known = [(x, value, interval(at, "accuracy")) for x, at in found if (value := number(at, "accuracy")) is not None]
+        known = [
+            (x, value, interval(at, "accuracy")) for x, at in found if (value := number(at, "accuracy")) is not None
+        ]
         if known:
             lines.append(Line(name, *map(list, zip(*known, strict=True))))
     if not lines:
         return None
     chance = _any([group(figures, "fewshot", task, count) for figures in models.values() for count in counts], "chance")
-    svg = draw_fewshot(f"task{place}", task, [one_line(count, 6) for count in counts], lines, chance)
-    return Chart(svg, f"{one_line(task)}: accuracy by number of demonstrations, with 95 % intervals", small=True)
+    shown = [one_line(count, 6) for count in counts]
+    draw = partial(draw_fewshot, title=task, counts=shown, lines=lines, chance=chance)
+    return Chart(draw, f"{one_line(task)}: accuracy by number of demonstrations, with 95 % intervals", small=True)
 
 
 # Contamination and memorisation
@@ -337,7 +364,7 @@ def _contamination_table(tasks: dict[str, Any], models: dict[str, dict[str, Any]
     for task in tasks:
         figures = group(tasks, task)
         counts = counts_of(models, task)
-        last = [group(model, "fewshot", task, counts[-1]) for model in models.values()] if counts else []
+        last = [_at_the_most(model, task, counts) for model in models.values()]
         rows.append(
             [
                 Cell(one_line(task), full=task, number=False),
@@ -362,6 +389,12 @@ def _contamination_table(tasks: dict[str, Any], models: dict[str, dict[str, Any]
     return Table("Overlap with the training documents", header, rows, notes)
 
 
+def _at_the_most(model: dict[str, Any], task: str, counts: Sequence[str]) -> dict[str, Any]:
+    """The figures at the largest number of demonstrations of which there are any."""
+    found = (group(model, "fewshot", task, count) for count in reversed(counts))
+    return next((figures for figures in found if number(figures, "accuracy") is not None), {})
+
+
 def _memorisation(report: Report, models: dict[str, dict[str, Any]]) -> Iterator[Block]:
     known = {name: found for name, figures in models.items() if (found := group(figures, "memorisation"))}
     if not known:
@@ -382,7 +415,7 @@ def _memorisation(report: Report, models: dict[str, dict[str, Any]]) -> Iterator
     for name, found in known.items():
         texts = [entry for entry in items(found, "memorised") if isinstance(entry, dict)]
         if texts:
-            yield Folded(f"What {one_line(name)} knows by heart", _by_heart(texts))
+            yield Folded(f"What {one_line(name)} knows by heart", _by_heart(texts), True)
 
 
 def _verbatim(figures: dict[str, Any]) -> Cell:
@@ -427,4 +460,4 @@ def win_rates(report: Report) -> Section:
         if told := words(figures, "verdict"):
             notes.append(f"{one_line(pair)}: {shortened(told, 300)}")
     header = ("", "prompts", "win rate", "length-controlled", "longer preferred", "tokens")
-    return Section("wins", "Win rates", [Table("Win rates", header, rows, notes)])
+    return Section("wins", "Win rates", [Table("Whose response is preferred", header, rows, notes)])

@@ -34,8 +34,7 @@ def headline(report: Report) -> Section:
         blocks.append(Paragraph(told))
         blocks.append(Facts(list(_facts(report))))
     unfinished = [stage for stage in report.stages.values() if stage.state != "done"]
-    for stage in unfinished:
-        blocks.append(Paragraph(f"{stage.name}: {where_it_stands(stage)}", "warning"))
+    blocks.extend(Paragraph(f"{stage.name}: {where_it_stands(stage)}", "warning") for stage in unfinished)
     if not told:
         blocks.append(Paragraph("There is no result yet to tell in a sentence.", "missing"))
     return Section("outcome", "What came of it", blocks)
@@ -111,15 +110,21 @@ def _facts(report: Report) -> Iterable[tuple[str, str, str]]:
         before, after = number(ppo, f"{key}_before"), number(ppo, f"{key}_after")
         if before is not None and after is not None:
             gained = interval(ppo, f"{key}_gain")
-            yield f"{what}, before and after PPO", f"{digits(before, 2)} → {digits(after, 2)}", (
-                f"gain within {in_brackets(gained, 2)}" if gained else ""
+            yield (
+                f"{what} through PPO",
+                f"{digits(before, 2)} → {digits(after, 2)}",
+                (f"gain {in_brackets(gained, 2)}" if gained else ""),
             )
     if (kl := number(ppo, "kl")) is not None:
         yield "KL to the SFT model", f"{digits(kl, 2)} nats", in_brackets(interval(ppo, "kl"), 2)
     reward = report.summary("reward")
     if (accuracy := number(reward, "accuracy")) is not None:
         length = number(reward, "length_baseline_accuracy")
-        yield "reward model is right", digits(accuracy, 2), "" if length is None else f"longer wins: {digits(length, 2)}"
+        yield (
+            "reward model is right",
+            digits(accuracy, 2),
+            "" if length is None else f"longer wins: {digits(length, 2)}",
+        )
     seconds = [number(stage.summary, "seconds") for stage in report.stages.values()]
     if any(seconds):
         total = sum(value or 0.0 for value in seconds)
@@ -136,9 +141,18 @@ def chain(report: Report) -> Section:
     took = [_cost(stage) for stage in stages if stage.summary]
     blocks: list[Block] = [Table("The stages", ("stage", "state", "data", "work"), did)]
     if took:
-        header = ("stage", "parameters", "time", "CPU-seconds", "memory, MiB", "processes × threads", "device", "energy, Wh")
+        header = (
+            "stage",
+            "parameters",
+            "time",
+            "CPU-seconds",
+            "MiB",
+            "processes × threads",
+            "device",
+            "energy, Wh",
+        )
         notes = (
-            "Memory is the peak of the largest process. Time counts interrupted attempts up to the checkpoint that the "
+            "MiB: peak memory of the largest process. Time counts interrupted attempts up to the checkpoint that the "
             f"stage went on from. {ASSUMPTIONS}",
         )
         blocks.append(Table("What they took", header, [*took, _total(stages)], notes))

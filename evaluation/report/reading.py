@@ -1,5 +1,6 @@
-"""Numbers, intervals and texts out of summaries that anyone may have written: what isn't there, or is something else, is
-None or empty, and what could do harm on a page is shown instead of obeyed.
+"""Numbers, intervals and texts out of summaries that anyone may have written: what isn't there is None or empty.
+
+What writes a page, Markdown or a chart passes every text through `safe`.
 """
 
 import math

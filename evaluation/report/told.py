@@ -20,7 +20,9 @@ def answers(report: Report, most: int, longest: int) -> Section:
     blocks: list[Block] = [_answered(line, longest) for line in shown]
     if report.answers_in_all > len(shown):
         blocks.append(
-            Paragraph(f"{len(shown)} of {report.answers_in_all:,} prompts; all are in evaluate/responses.jsonl.", "note")
+            Paragraph(
+                f"{len(shown)} of {report.answers_in_all:,} prompts; all are in evaluate/responses.jsonl.", "note"
+            )
         )
     return Section("answers", title, blocks)
 
@@ -59,11 +61,13 @@ def lineage(report: Report) -> Section:
             for name, stage in done.items()
         ]
         header = ("stage", "started", "model's SHA-256", "made from", "commit")
-        notes = (f"Digests are shortened to {DIGEST} characters. Seed: {one_line(str(report.recipe.get('seed', '–')))}.",)
+        notes = (
+            f"Digests are shortened to {DIGEST} characters. Seed: {one_line(str(report.recipe.get('seed', '–')))}.",
+        )
         blocks.append(Table("Fingerprints", header, rows, notes, in_markdown=False))
         blocks.append(_versions(report))
         commands = dict.fromkeys(command for stage in done.values() if (command := words(stage.manifest, "command")))
-        blocks.append(Folded("Commands", "\n".join(shortened(command, LONGEST_COMMAND) for command in commands)))
+        blocks.append(Folded("Commands", "\n".join(shortened(command, LONGEST_COMMAND) for command in commands), True))
     else:
         blocks.append(Paragraph("No stage has begun.", "missing"))
     blocks.append(Folded("The recipe, as resolved", shortened(report.recipe_text, LONGEST_RECIPE)))
@@ -98,5 +102,3 @@ def _versions(report: Report) -> Table:
         for package, versions in found.items()
     ]
     return Table("Versions", ("package", "version"), rows, in_markdown=False)
-
-
