@@ -5,6 +5,7 @@ contamination, memorisation, win rates.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from math import hypot
 from typing import Any, NamedTuple
 
 from evaluation.report.charts import Line, draw_fewshot
@@ -270,7 +271,7 @@ def unpaired(first: dict[str, Any], second: dict[str, Any], key: str) -> Interva
     before, after = number(first, key), number(second, key)
     if a is None or b is None or before is None or after is None:
         return None
-    half = (((a[1] - a[0]) / 2) ** 2 + ((b[1] - b[0]) / 2) ** 2) ** 0.5
+    half = hypot((a[1] - a[0]) / 2, (b[1] - b[0]) / 2)
     return after - before - half, after - before + half
 
 
