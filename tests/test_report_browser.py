@@ -6,6 +6,7 @@ Needs the driver (playwright, in the dev extra) and a Chromium: RLHF_CHROMIUM na
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_contents_lead_to_the_sections(browser: Any, pages: dict[str, Path]) -> 
     assert page.eval_on_selector("#lineage", "one => one.getBoundingClientRect().top < innerHeight")
     levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map(one => Number(one.tagName[1]))")
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     page.close()
 
 

@@ -180,7 +180,7 @@ def _courses(first: Report, second: Report) -> Section:
     charts = []
     for unit, name in UNITS.items():
         lines = [
-            line
+            line._replace(marks=())  # those of two runs would lie upon each other
             for letter, run in (("A", first), ("B", second))
             for line in course_lines(run.summary("ppo"), unit, f"{letter} ")
         ]

@@ -210,7 +210,7 @@ def gains(report: Report) -> Section:
     if rows:
         notes = (
             "Gained and cost: the 95 % interval of the difference excludes 0; unclear: it doesn't. The intervals of "
-            "perplexity and bits per byte treat both models as measured on different documents, which makes them wider "
+            "nats and bits treat both models as measured on different documents, which makes them wider "
             "than they are.",
         )
         header = ("", "from", "to", "difference", "verdict")
