@@ -33,7 +33,8 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["report", "--help"], ["recipes"], ["schema"], ["run", "all", "x"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["report", "--help"], ["recipes"], ["schema"], ["run", "all", "x"]],
 )
 def test_nothing_heavy_is_imported_before_a_stage_runs(arguments: list[str]) -> None:
     code = (

@@ -25,7 +25,7 @@ FORMATS = ("html", "json", "md")
 MOST_BYTES = 3_000_000
 # how much is shown of what may be long, tried in turn until the page is small enough:
 # (prompts with responses, characters of each text, charts of few-shot tasks)
-ROOM = ((24, 2000, 60), (12, 800, 40), (6, 400, 16), (3, 200, 4))
+ROOM = ((24, 1200, 60), (12, 800, 40), (6, 400, 16), (3, 200, 4))
 
 
 def render(run_dir: Path, other: Path | None, kind: str) -> str:

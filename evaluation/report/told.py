@@ -53,7 +53,7 @@ def lineage(report: Report) -> Section:
         rows = [
             [
                 text(name),
-                text(words(stage.summary, "started").replace("+00:00", " UTC").replace("T", " ") or "–"),
+                text(words(stage.summary, "started").replace("T", " ").replace("+00:00", " UTC") or "–"),
                 _digest(words(stage.manifest, "output")),
                 *_made_from(stage.manifest),
                 _digest(words(stage.manifest, "git_commit")),
