@@ -241,17 +241,21 @@ def test_safe_text_can_be_written_anywhere() -> None:
 
 
 def test_a_page_has_a_limit(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "made", tasks=tuple(f"task_{number}" for number in range(120)))
+    run = make_run(tmp_path / "made", tasks=tuple(f"task_{number}" for number in range(3000)))
     long = {"text": "ß<&" * 200_000, "ended": True, "tokens": 1}
-    write_lines(
-        run / "evaluate" / "responses.jsonl",
-        [{"prompt": [{"role": "user", "content": "x" * 50_000}] * 40, "responses": {"a": long, "b": long}}] * 5,
-    )
-    page = report.render(run, None, "html")
-    assert len(page.encode()) < 3_000_000
-    assert "more characters)" in page
-    assert "more tasks are in the table above" in page
-    assert "task_119" in page
+    asked = [{"role": "user", "content": "x" * 5_000}] * 40
+    write_lines(run / "evaluate" / "responses.jsonl", [{"prompt": asked, "responses": {"a": long, "b": long}}] * 5)
+    shown = report.render(run, None, "html")
+    assert len(shown.encode()) < 3_000_000
+    for left_out in (
+        "more characters)",
+        "32 earlier messages",
+        "more tasks are in the table",
+        "more rows are left out",
+    ):
+        assert left_out in shown
+    found = json.loads(report.render(run, None, "json"))["stages"]["evaluate"]["summary"]
+    assert len(found["differences"]["ppo - sft"]) == 3000
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"])
@@ -320,7 +324,7 @@ DAMAGES: dict[str, list[bytes]] = {
 def test_a_damaged_file_is_no_reason_to_fail(copied: Path, file: str, content: bytes) -> None:
     (copied / file).write_bytes(content)
     found = gather(copied)
-    page(report.document(found, 3, 100, 0))
+    page(report.document(found, report.ROOMS[-1]._replace(charts=0)))
     json.loads(report.render(copied, None, "json"))
     report.render(copied, None, "md")
 

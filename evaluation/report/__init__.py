@@ -6,10 +6,11 @@ write_report(Path("runs/a"), Path("runs/b"), Path("a-b.md"), "md")       # two r
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluation.report.compare import as_json, comparison
 from evaluation.report.curves import curves
-from evaluation.report.document import Document
+from evaluation.report.document import Document, cut
 from evaluation.report.gather import Report, gather
 from evaluation.report.judged import optimisation, reward
 from evaluation.report.markdown import markdown
@@ -23,9 +24,19 @@ from rlhf.rundir import write_atomically
 
 FORMATS = ("html", "json", "md")
 MOST_BYTES = 3_000_000
-# how much is shown of what may be long, tried in turn until the page is small enough:
-# (prompts with responses, characters of each text, charts of few-shot tasks)
-ROOM = ((24, 1200, 60), (12, 800, 40), (6, 400, 16), (3, 200, 4))
+
+
+class Room(NamedTuple):
+    """How much is shown of what may be long."""
+
+    answers: int  # prompts with their responses
+    characters: int  # of each of their texts
+    charts: int  # of few-shot tasks
+    rows: int  # of a table
+
+
+# tried in turn until the page is small enough
+ROOMS = (Room(24, 1200, 60, 2000), Room(12, 800, 40, 600), Room(6, 400, 16, 200), Room(3, 200, 4, 50))
 
 
 def render(run_dir: Path, other: Path | None, kind: str) -> str:
@@ -37,8 +48,8 @@ def render(run_dir: Path, other: Path | None, kind: str) -> str:
     if kind == "json":
         values = as_json(first, second) if second else first.as_json()
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    for room in ROOM:
-        found = comparison(first, second) if second else document(first, *room)
+    for room in ROOMS:
+        found = cut(comparison(first, second) if second else document(first, room), room.rows)
         if kind == "md":
             return markdown(found)
         text = page(found)
@@ -47,7 +58,7 @@ def render(run_dir: Path, other: Path | None, kind: str) -> str:
     raise UserError(f"{run_dir}: its report would be larger than {MOST_BYTES:,} bytes; take --format json")
 
 
-def document(report: Report, most_answers: int, longest_text: int, most_charts: int) -> Document:
+def document(report: Report, room: Room) -> Document:
     """Everything there is to tell of a run."""
     sections = [
         headline(report),
@@ -55,12 +66,12 @@ def document(report: Report, most_answers: int, longest_text: int, most_charts: 
         curves(report),
         evaluation(report),
         gains(report),
-        fewshot(report, most_charts),
+        fewshot(report, room.charts),
         contamination(report),
         win_rates(report),
         reward(report),
         optimisation(report),
-        answers(report, most_answers, longest_text),
+        answers(report, room.answers, room.characters),
         lineage(report),
     ]
     started = min((words(stage.summary, "started") for stage in report.stages.values() if stage.summary), default="")

@@ -24,7 +24,7 @@ from evaluation.report.measured import (
 from evaluation.report.overview import flattened, outcome
 from evaluation.report.reading import group, interval, number, one_line, shortened, signed
 
-LONGEST_VALUE, MOST_ROWS = 160, 400
+LONGEST_VALUE = 160
 STAGE_FIGURES: dict[str, tuple[Measure, ...]] = {
     "tokenizer": (Measure("vocab_size", "vocabulary", 0), Measure("bytes_per_token", "bytes per token", 3)),
     "pretrain": (
@@ -91,10 +91,9 @@ def differs(first: Report, second: Report) -> Section:
     found = recipe_differences(first, second)
     rows = [
         [text(one_line(key)), *(text("–" if value is None else _value(value)) for value in values)]
-        for key, values in list(found.items())[:MOST_ROWS]
+        for key, values in found.items()
     ]
-    more = (f"and {len(found) - MOST_ROWS:,} more",) if len(found) > MOST_ROWS else ()
-    notes = ("A dash: the recipe doesn't have the key.", *more)
+    notes = ("A dash: the recipe doesn't have the key.",)
     blocks: list[Block] = [Table("Keys with different values", ("key", "A", "B"), rows, notes)]
     return Section("differs", "What differs in the recipes", blocks if rows else [Paragraph("Nothing.")])
 
@@ -150,8 +149,7 @@ def _evaluation(first: Report, second: Report) -> Section:
         Table(
             one_line(model),
             ("", "A", "B", "B − A", "intervals"),
-            rows[:MOST_ROWS],
-            (f"and {len(rows) - MOST_ROWS:,} more rows",) if len(rows) > MOST_ROWS else (),
+            rows,
         )
         for model in {**a, **b}
         if (rows := list(_model_rows(a.get(model, {}), b.get(model, {}))))

@@ -102,3 +102,20 @@ class Document(NamedTuple):
 def text(value: str) -> Cell:
     """A cell of words."""
     return Cell(value, number=False)
+
+
+def cut(document: Document, rows: int) -> Document:
+    """The document with at most so many rows in each table, and how many are left out below it."""
+    sections = [
+        section._replace(blocks=[_cut(block, rows) if isinstance(block, Table) else block for block in section.blocks])
+        for section in document.sections
+    ]
+    return document._replace(sections=sections)
+
+
+def _cut(table: Table, rows: int) -> Table:
+    more = len(table.rows) - rows
+    if more <= 0:
+        return table
+    told = f"{more:,} more rows are left out here; `rlhf report --format json` has everything."
+    return table._replace(rows=table.rows[:rows], notes=[*table.notes, told])

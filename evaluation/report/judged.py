@@ -22,7 +22,7 @@ from evaluation.report.reading import (
 )
 from evaluation.report.reading import with_digits as digits
 
-MOST_SOURCES = 30
+MOST_SOURCES, MOST_POINTS = 30, 500
 ACCURACIES = {
     "accuracy": "held-out comparisons",
     "accuracy_longer_chosen": "those where the longer response is the better one",
@@ -128,9 +128,9 @@ def _charts(calibration: dict[str, Any]) -> Iterator[Chart]:
     known = [(tokens, score) for tokens, score in points if tokens is not None and score is not None]
     if known:
         labels = ("tokens of the response", "score")
-        x, y = map(list, zip(*known, strict=True))
+        x, y = map(list, zip(*known[:MOST_POINTS], strict=True))
         draw = partial(draw_points, title="Score and length", labels=labels, x=x, y=y)
-        drawn, all_ = len(known), number(calibration, "responses") or len(known)
+        drawn, all_ = len(x), number(calibration, "responses") or len(known)
         yield Chart(draw, f"The scores of {drawn:,} of {all_:,.0f} held-out responses over their length")
 
 

@@ -27,7 +27,7 @@ from evaluation.report.reading import (
 from evaluation.report.reading import with_digits as digits
 
 MOST_NOTES, LONGEST_REASON, LONGEST_LIST = 12, 120, 400
-MOST_MEMORISED, LONGEST_MEMORISED = 5, 300
+MOST_MEMORISED, LONGEST_MEMORISED, MOST_EXAMPLES = 5, 300, 20
 
 
 class Measure(NamedTuple):
@@ -351,7 +351,7 @@ def contamination(report: Report) -> Section:
         blocks.append(_contamination_table(tasks, models))
         blocks.extend(
             Folded(f"An example from {one_line(task)}", shortened(example, 600))
-            for task in tasks
+            for task in list(tasks)[:MOST_EXAMPLES]
             if (example := words(group(tasks, task), "example"))
         )
     else:

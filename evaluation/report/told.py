@@ -7,6 +7,7 @@ from evaluation.report.gather import Report
 from evaluation.report.measured import missing
 from evaluation.report.reading import group, number, one_line, shortened, signed, whole, words
 
+MOST_MESSAGES, MOST_MODELS = 8, 12
 DIGEST = 12  # characters of a digest that are shown
 LONGEST_RECIPE, LONGEST_COMMAND = 100_000, 500
 
@@ -31,10 +32,13 @@ def _answered(line: dict[str, Any], longest: int) -> Answers:
     said = line.get("prompt")
     messages = said if isinstance(said, list) else [{"role": "prompt", "content": said}]
     prompt = [
-        (one_line(words(message, "role"), 20), shortened(words(message, "content"), longest)) for message in messages
+        (one_line(words(message, "role"), 20), shortened(words(message, "content"), longest))
+        for message in messages[-MOST_MESSAGES:]
     ]
+    if len(messages) > MOST_MESSAGES:
+        prompt = [("", f"… ({len(messages) - MOST_MESSAGES:,} earlier messages)"), *prompt]
     responses = group(line, "responses")
-    return Answers(prompt, [_reply(name, group(responses, name), longest) for name in responses])
+    return Answers(prompt, [_reply(name, group(responses, name), longest) for name in list(responses)[:MOST_MODELS]])
 
 
 def _reply(model: str, found: dict[str, Any], longest: int) -> Reply:
