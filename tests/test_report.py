@@ -15,8 +15,8 @@ from evaluation import report
 from evaluation.report import charts
 from evaluation.report.charts import Line
 from evaluation.report.energy import energy
+from evaluation.report.gains import unpaired, verdict
 from evaluation.report.gather import MOST_POINTS, gather
-from evaluation.report.measured import unpaired, verdict
 from evaluation.report.page import page
 from evaluation.report.reading import safe, shortened, signed
 from rlhf import chain

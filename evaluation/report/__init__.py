@@ -11,10 +11,12 @@ from typing import NamedTuple
 from evaluation.report.compare import as_json, comparison
 from evaluation.report.curves import curves
 from evaluation.report.document import Document, cut
+from evaluation.report.gains import gains
 from evaluation.report.gather import Report, gather
 from evaluation.report.judged import optimisation, reward
+from evaluation.report.leaks import contamination
 from evaluation.report.markdown import markdown
-from evaluation.report.measured import contamination, evaluation, fewshot, gains, win_rates
+from evaluation.report.measured import evaluation, fewshot, win_rates
 from evaluation.report.overview import chain, headline
 from evaluation.report.page import page
 from evaluation.report.reading import words

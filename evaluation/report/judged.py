@@ -6,8 +6,9 @@ from typing import Any
 
 from evaluation.report.charts import Line, draw_lines, draw_points, draw_reliability
 from evaluation.report.document import Block, Cell, Chart, Charts, Paragraph, Picture, Section, Table, text
+from evaluation.report.gains import verdict
 from evaluation.report.gather import Report
-from evaluation.report.measured import Measure, cell, missing, verdict
+from evaluation.report.measured import Measure, cell, missing
 from evaluation.report.reading import (
     group,
     in_brackets,
