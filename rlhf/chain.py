@@ -303,10 +303,25 @@ def run_chain(
             run.write_summary()
             check_gate(recipe, stage, run)
         run.write_summary()  # of a run that was killed at its very end
+    if len(wanted) > 1:
+        _report(run, anew=todo > 0)
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
     elif len(wanted) > 1:
         _say_what_is_there(recipe, run, time.monotonic() - started)
+
+
+def _report(run: RunDir, *, anew: bool) -> None:
+    """Writes the report of a finished run; where that fails, says why: the run is done all the same."""
+    if not anew and (run.path / "report.html").exists():
+        return
+    try:
+        from evaluation.report import write_report
+
+        log(f"the report: {write_report(run.path)}")
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        log(f"the report could not be written ({why}); `rlhf report {run.path}` tries again")
 
 
 def _say_what_is_there(recipe: Recipe, run: RunDir, seconds: float) -> None:

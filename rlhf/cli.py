@@ -119,6 +119,29 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run's directory, such
 
 
 @app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="a run's directory, such as runs/quickstart")],
+    other: Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="a second run to set beside it")] = None,
+    kind: Annotated[str, typer.Option("--format", help="html, json (for machines) or md (for pull requests)")] = "html",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="FILE; default: report.html in the run; json and md are printed")
+    ] = None,
+) -> None:
+    """Tells a run from its files, finished or not: one page that needs no network; or two runs beside each other."""
+    from evaluation.report import FORMATS, render, write_report
+
+    if kind not in FORMATS:
+        raise UserError(f"--format: {kind!r} is none of {', '.join(FORMATS)}")
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--output: {output} is a directory" if output.is_dir() else f"no directory {output.parent}")
+    if output is None and kind != "html":
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+        print(render(run_dir, other, kind), end="")
+        return
+    print(f"written to {write_report(run_dir, other, output, kind)}")
+
+
+@app.command()
 def evaluate(
     model_dirs: Annotated[
         list[str] | None,

@@ -10,12 +10,15 @@ from evaluation.preference import Answer, Calibration, Outcome
 from rlhf.functional.intervals import Estimate, mean_estimate
 from rlhf.job import Job
 from rlhf.judge import score_means
+from rlhf.rundir import write_json
 from rlhf.runtime import log
 from rlhf.team import Team
 from stages.reward.normalise import score_rows
 from stages.reward.reading import Ids, Pair, evenly
 
 FEATURE_PAIRS = 2000  # of training: enough to tell whether more or less of something is preferred
+CALIBRATION = "calibration.json"
+MOST_POINTS = 500  # of the responses, in that file
 MOST_SOURCES = 20  # in the picture; the summary has them all
 
 NOT_MEASURED: dict[str, Any] = {
@@ -87,7 +90,21 @@ def measure_judge(
     }
     if job.team.is_main:
         draw(job.directory.path / "plots", outcomes, figures, calibrated)
+        write_json(job.directory.path / CALIBRATION, calibration_points(outcomes, calibrated))
     return figures
+
+
+def calibration_points(outcomes: Sequence[Outcome], calibrated: Calibration | None) -> dict[str, Any]:
+    """What the pictures of calibration and length show, for others to draw: `bins_before` and `bins_after` a
+    temperature, and evenly chosen `points` [tokens, score] of the held-out `responses`.
+    """
+    answers = preference.distinct_answers(outcomes)
+    return {
+        "bins_before": [found._asdict() for found in calibrated.before] if calibrated else [],
+        "bins_after": [found._asdict() for found in calibrated.after] if calibrated else [],
+        "points": [[answer.tokens, round(answer.score, 4)] for answer in evenly(answers, MOST_POINTS)],
+        "responses": len(answers),
+    }
 
 
 def outcomes_of(team: Team, model: Any, pairs: Sequence[Pair]) -> list[Outcome]:
