@@ -111,7 +111,7 @@ def _facts(report: Report) -> Iterable[tuple[str, str, str]]:
         if before is not None and after is not None:
             gained = interval(ppo, f"{key}_gain")
             yield (
-                f"{what} through PPO",
+                f"{what}, PPO",
                 f"{digits(before, 2)} → {digits(after, 2)}",
                 (f"gain {in_brackets(gained, 2)}" if gained else ""),
             )
