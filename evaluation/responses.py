@@ -3,7 +3,7 @@
 Intervals are over prompts: responses to one prompt are not independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, median, quantiles
 from typing import Any, NamedTuple
 
@@ -61,6 +61,25 @@ def behaviour(answers: Answers) -> dict[str, Any]:
     for name in ("score", "gold"):
         if all(getattr(response, name) is not None for response in every):
             figures |= _mean(answers, lambda response, key=name: getattr(response, key)).as_keys(name, 4)
+    return figures
+
+
+def compare_behaviour(first: Answers, second: Answers) -> dict[str, Any]:
+    """By how much the first model's responses differ from the second's, prompt by prompt, where both have answered."""
+    both = [pair for pair in zip(first, second, strict=True) if all(pair)]
+    values: dict[str, Callable[[Response], float | None]] = {
+        "ended": lambda response: float(response.ended),
+        "tokens": lambda response: float(response.tokens),
+        "repetition": lambda response: repetition(response.text),
+        "score": lambda response: response.score,
+        "gold": lambda response: response.gold,
+    }
+    figures: dict[str, Any] = {}
+    for name, value in values.items():
+        sides = [[[value(response) for response in side] for side in pair] for pair in both]
+        known = [[[v for v in side if v is not None] for side in pair] for pair in sides]
+        if known and known == sides:
+            figures |= mean_estimate([fmean(a) - fmean(b) for a, b in known]).as_keys(name, 4)
     return figures
 
 

@@ -3,6 +3,7 @@
 Use: `measure(model, tokenizer, Suite(tasks=file_tasks(Path("tasks"), Faults()), shots=(0, 8))).figures`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
@@ -16,6 +17,7 @@ from evaluation.perplexity import DocumentScore, perplexity, score_documents
 from evaluation.scoring import Scorer
 from evaluation.tasks import Question, Task
 from rlhf.functional.bootstrap import paired_estimate
+from rlhf.functional.intervals import ratio_estimate
 from rlhf.team import Team
 from rlhf.tokenizer import begin_id
 
@@ -167,6 +169,19 @@ def compare(first: Sequence[Answer], second: Sequence[Answer], metrics: Mapping[
             mine, others = ([fmean(side[key]) for key in items] for side in of_item)
             found.setdefault(task, {})[str(shots)] = paired_estimate(mine, others).as_keys("difference", 4)
     return found
+
+
+def compare_texts(first: Measured, second: Measured) -> dict[str, Any]:
+    """By how much the first model needs more bits per byte than the second, on the documents that both have read."""
+    both = [
+        pair
+        for source, mine in first.documents.items()
+        for pair in zip(mine, second.documents.get(source, ()), strict=False)
+    ]
+    if not any(one.bytes for one, _ in both):
+        return {}
+    more = [(one.nats - other.nats) / math.log(2) for one, other in both]
+    return dict(ratio_estimate(more, [float(one.bytes) for one, _ in both]).as_keys("bits_per_byte"))
 
 
 def _by_item(answers: Sequence[Answer], metrics: Mapping[str, str]) -> dict[tuple[str, int, int], list[float]]:

@@ -83,10 +83,11 @@ def evaluation(tasks: list[str]) -> dict[str, Any]:
         **spent("evaluate", 13.2),
         "models": {name: model(place, tasks) for place, name in enumerate(MODELS)},
         "differences": differences(tasks),
+        "changes": {"ppo - sft": {**ci("bits_per_byte", 0.0107, 0.004), **ci("ended", 0.0, 0.02)}},
         "win_rates": {
             "ppo over sft": {
                 "prompts": 64, **ci("win_rate", 0.8125, 0.06), **ci("length_controlled_win_rate", 0.5234, 0.07),
-                **ci("longer_preferred", 0.7891, 0.05), "tokens": [31.5, 16.75], "verdict": "it is the length",
+                **ci("longer_preferred", 0.7891, 0.05), "characters": [31.5, 16.75], "verdict": "it is the length",
             }
         },
         "judges": {"reward": {"pairs_test": 5376, **ci("accuracy", 0.7686, 0.01), "length_baseline_accuracy": 0.561}},

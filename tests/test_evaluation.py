@@ -29,7 +29,7 @@ from evaluation.fewshot import (
 )
 from evaluation.perplexity import DocumentScore, perplexity, rolling_windows, score_documents
 from evaluation.scoring import Request, Scorer, length_batches, shared_beginning
-from evaluation.suite import Answer, compare
+from evaluation.suite import Answer, Measured, compare, compare_texts
 from evaluation.tasks import FileTask, Question, TaskFormat, TinyworldTask, file_tasks, tinyworld_tasks
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, StageFailed, UserError
@@ -731,6 +731,18 @@ def test_models_are_compared_item_by_item() -> None:
     low, high = found["difference_ci95"]
     assert 0.1 <= low < 0.25 < high <= 0.4  # the standard error of 10 in 40 is 0.068
     assert compare(better, better, {"mood": "acc"})["mood"]["0"]["difference_ci95"] == [0.0, 0.0]
+
+
+def test_models_are_compared_document_by_document() -> None:
+    def read(*nats: float) -> Measured:
+        return Measured({}, [], {"a": [DocumentScore(nat * math.log(2), 9, 4) for nat in nats]})
+
+    found = compare_texts(read(5, 105, 9), read(1, 101, 5))
+    assert (found["bits_per_byte"], found["bits_per_byte_ci95"]) == (
+        1.0,
+        [1.0, 1.0],
+    )  # 4 bits more on 4 bytes, each time
+    assert compare_texts(read(), read()) == {}
 
 
 def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_path: Path, folder: Path) -> None:

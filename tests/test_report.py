@@ -15,7 +15,7 @@ from evaluation import report
 from evaluation.report import charts
 from evaluation.report.charts import Line
 from evaluation.report.energy import energy
-from evaluation.report.gains import unpaired, verdict
+from evaluation.report.gains import verdict
 from evaluation.report.gather import MOST_POINTS, gather
 from evaluation.report.page import page
 from evaluation.report.reading import safe, shortened, signed
@@ -121,8 +121,6 @@ def test_a_verdict_is_of_the_interval() -> None:
     assert verdict((0.1, 0.2), -1) == verdict((-0.2, -0.1), 1) == "▼ cost"
     assert verdict((-0.1, 0.2), 1) == verdict((0.0, 0.2), 1) == "≈ unclear"
     assert verdict(None, 1) == "–"
-    a, b = {"x": 1.0, "x_ci95": [0.7, 1.3]}, {"x": 2.0, "x_ci95": [1.6, 2.4]}
-    assert unpaired(a, b, "x") == pytest.approx((0.5, 1.5))  # halves of 0.3 and 0.4: together 0.5
 
 
 def test_energy_is_what_its_assumptions_say() -> None:

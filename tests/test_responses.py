@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.responses import Response, behaviour, distinct, repetition, win_rate
+from evaluation.responses import Response, behaviour, compare_behaviour, distinct, repetition, win_rate
 from rlhf.functional.length_control import PHI_SCALE, THETA_SCALE, fit_length_control
 
 
@@ -21,6 +21,16 @@ def test_behaviour_by_hand() -> None:
     assert found["repetition"] == pytest.approx((1 - 4 / 5) / 4)  # abcd bcda cdab dabc abcd: one of five again
     assert (found["distinct_1"], found["distinct_2"]) == (4 / 8, round(4 / 7, 4))  # of the first responses alone
     assert repetition("a b c") == 0.0 and distinct([[]], 2) == 1.0
+
+
+def test_behaviours_are_compared_prompt_by_prompt() -> None:
+    def side(*lengths: int, gold: float | None) -> list[list[Response]]:
+        return [[Response("x", n, True, float(n), gold), Response("x", n + 2, False, 0.0, 1.0)] for n in lengths]
+
+    found = compare_behaviour([*side(4, 6, 11, gold=None), []], side(1, 3, 8, 5, gold=1.0))
+    assert (found["tokens"], found["tokens_ci95"]) == (3.0, [3.0, 3.0])  # the same for every prompt
+    assert (found["ended"], found["score"]) == (0.0, 1.5)
+    assert "gold" not in found  # not known of all
 
 
 def test_win_rate_by_hand() -> None:

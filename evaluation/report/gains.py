@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from math import hypot
 from typing import Any
 
 from evaluation.report.document import Block, Cell, Section, Table, text
 from evaluation.report.gather import Report
-from evaluation.report.measured import TEXTS, missing, models_of, rising
+from evaluation.report.measured import missing, models_of, rising
 from evaluation.report.reading import (
     Interval,
     group,
@@ -23,17 +22,17 @@ from evaluation.report.reading import with_digits as digits
 def gains(report: Report) -> Section:
     """The differences from model to model, each with its interval and what that says."""
     models, ppo = models_of(report), report.summary("ppo")
-    rows = [*_ppo_gains(ppo), *_text_gains(models)]
+    evaluated = report.summary("evaluate")
+    rows = [*_ppo_gains(ppo), *_changes(models, group(evaluated, "changes"))]
     blocks: list[Block] = []
     if rows:
         notes = (
-            "Gained and cost: the 95 % interval of the difference excludes 0; unclear: it doesn't. The intervals of "
-            "nats and bits treat both models as measured on different documents, which makes them wider "
-            "than they are.",
+            "Gained and cost: the 95 % interval of the difference excludes 0; unclear: it doesn't. Models are compared "
+            "on the same documents and prompts, one by one.",
         )
         header = ("", "from", "to", "difference", "verdict")
-        blocks.append(Table("Reward and language", header, rows, notes))
-    differences = group(report.summary("evaluate"), "differences")
+        blocks.append(Table("Reward, language and behaviour", header, rows, notes))
+    differences = group(evaluated, "differences")
     blocks.extend(table for pair in differences if (table := _accuracy_gains(pair, group(differences, pair))))
     if not blocks:
         blocks = missing(report, "Nothing to compare")
@@ -65,32 +64,32 @@ def _ppo_gains(ppo: dict[str, Any]) -> Iterator[list[Cell]]:
         ]
 
 
-def _text_gains(models: dict[str, dict[str, Any]]) -> Iterator[list[Cell]]:
-    names = list(models)
-    measures = [measure for measure in TEXTS if measure.key in ("bits_per_byte", "nats_per_token")]
-    for measure in measures:
-        for first, second in pairwise(names):
-            before, after = number(models[first], measure.key), number(models[second], measure.key)
+CHANGES = (  # where a figure stands, its key, its name, whether more of it is better (1), worse (-1), or neither
+    ("", "bits_per_byte", "bits per byte", -1),
+    ("behaviour", "gold", "gold reward of evaluate's prompts", 1),
+    ("behaviour", "score", "judge's score of evaluate's prompts", 1),
+    ("behaviour", "ended", "share of responses that end", 1),
+    ("behaviour", "tokens", "tokens of a response", 0),
+    ("behaviour", "repetition", "repetition", -1),
+)
+
+
+def _changes(models: dict[str, dict[str, Any]], changes: dict[str, Any]) -> Iterator[list[Cell]]:
+    for place, key, name, better in CHANGES:
+        for first, second in pairwise(models):
+            sides = [group(models[model], place) if place else models[model] for model in (first, second)]
+            before, after = (number(side, key) for side in sides)
             if before is None or after is None:
                 continue
-            bounds = unpaired(models[first], models[second], measure.key)
+            change = group(changes, f"{second} - {first}")
+            bounds, places = interval(change, key), 4 if key == "bits_per_byte" else 3
             yield [
-                text(f"{measure.name}, {one_line(first)} → {one_line(second)}"),
-                Cell(digits(before, measure.digits)),
-                Cell(digits(after, measure.digits)),
-                Cell(signed(after - before, measure.digits), in_brackets(bounds, measure.digits)),
-                text(verdict(bounds, measure.better)),
+                text(f"{name}, {one_line(first)} → {one_line(second)}"),
+                Cell(digits(before, places), in_brackets(interval(sides[0], key), places)),
+                Cell(digits(after, places), in_brackets(interval(sides[1], key), places)),
+                Cell(signed(after - before, places), in_brackets(bounds, places)),
+                text(verdict(bounds, better)),
             ]
-
-
-def unpaired(first: dict[str, Any], second: dict[str, Any], key: str) -> Interval | None:
-    """The 95 % interval of `second - first` for two independent estimates whose own intervals are known."""
-    a, b = interval(first, key), interval(second, key)
-    before, after = number(first, key), number(second, key)
-    if a is None or b is None or before is None or after is None:
-        return None
-    half = hypot((a[1] - a[0]) / 2, (b[1] - b[0]) / 2)
-    return after - before - half, after - before + half
 
 
 def _accuracy_gains(pair: str, tasks: dict[str, Any]) -> Table | None:

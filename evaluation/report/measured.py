@@ -250,7 +250,7 @@ def win_rates(report: Report) -> Section:
     share = Measure("", "", 3)
     for pair in found:
         figures = group(found, pair)
-        tokens = [digits(number({"": value}, ""), 1) for value in items(figures, "tokens")[:2]]
+        sizes = [digits(number({"": value}, ""), 1) for value in items(figures, "characters")[:2]]
         rows.append(
             [
                 text(one_line(pair)),
@@ -258,10 +258,10 @@ def win_rates(report: Report) -> Section:
                 cell(figures, share._replace(key="win_rate")),
                 cell(figures, share._replace(key="length_controlled_win_rate")),
                 cell(figures, share._replace(key="longer_preferred")),
-                Cell(" / ".join(tokens) or "–"),
+                Cell(" / ".join(sizes) or "–"),
             ]
         )
         if told := words(figures, "verdict"):
             notes.append(f"{one_line(pair)}: {shortened(told, 300)}")
-    header = ("", "prompts", "win rate", "length-controlled", "longer preferred", "tokens")
+    header = ("", "prompts", "win rate", "length-controlled", "longer preferred", "characters")
     return Section("wins", "Win rates", [Table("Whose response is preferred", header, rows, notes)])

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evaluation import fewshot, memorisation, tasks
 from evaluation.harness import Harness, open_harness
 from evaluation.memorisation import Document
+from evaluation.responses import compare_behaviour
 from evaluation.scoring import Scorer
-from evaluation.suite import Measured, Suite, add_overlap, compare, context_of, measure
+from evaluation.suite import Measured, Suite, add_overlap, compare, compare_texts, context_of, measure
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.job import Job
@@ -137,6 +138,7 @@ def _evaluate(
             for name, each in measured.items()
         },
         "differences": _differences(measured, metrics),
+        "changes": _changes(measured, answers),
     }
     if judge:
         summary["win_rates"] = answering.win_rates(answers, derive_seed(recipe.seed, "evaluate", "win rates"))
@@ -242,6 +244,17 @@ def _differences(measured: dict[str, Measured], metrics: Mapping[str, str]) -> d
     return {
         f"{later} - {earlier}": compare(measured[later].answers, measured[earlier].answers, metrics)
         for earlier, later in pairwise(names)
+    }
+
+
+def _changes(measured: dict[str, Measured], answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """How each model differs from the one before it on the same documents and prompts."""
+    return {
+        f"{later} - {earlier}": {
+            **compare_texts(measured[later], measured[earlier]),
+            **compare_behaviour(answers[later], answers[earlier]),
+        }
+        for earlier, later in pairwise(measured)
     }
 
 
