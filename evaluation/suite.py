@@ -17,7 +17,7 @@ from evaluation.perplexity import DocumentScore, perplexity, score_documents
 from evaluation.scoring import Scorer
 from evaluation.tasks import Question, Task
 from rlhf.functional.bootstrap import paired_estimate
-from rlhf.functional.intervals import ratio_estimate
+from rlhf.functional.intervals import ratio_estimate, sign_test
 from rlhf.team import Team
 from rlhf.tokenizer import begin_id
 
@@ -159,7 +159,7 @@ def compare(first: Sequence[Answer], second: Sequence[Answer], metrics: Mapping[
     """How much more often the first model is right than the second, on the items that both were asked.
 
     By task and number of demonstrations: `difference` with its interval, resampled item by item: what the two have in
-    common falls away. `metrics` names each task's.
+    common falls away; `p_value` is McNemar's, exact. `metrics` names each task's.
     """
     of_item = [_by_item(answers, metrics) for answers in (first, second)]
     found: dict[str, Any] = {}
@@ -167,7 +167,10 @@ def compare(first: Sequence[Answer], second: Sequence[Answer], metrics: Mapping[
         items = [key for key in of_item[0] if key[:2] == (task, shots) and key in of_item[1]]
         if items:
             mine, others = ([fmean(side[key]) for key in items] for side in of_item)
-            found.setdefault(task, {})[str(shots)] = paired_estimate(mine, others).as_keys("difference", 4)
+            found.setdefault(task, {})[str(shots)] = {
+                **paired_estimate(mine, others).as_keys("difference", 4),
+                "p_value": round(sign_test([a - b for a, b in zip(mine, others, strict=True)]), 6),
+            }
     return found
 
 

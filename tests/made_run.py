@@ -92,7 +92,7 @@ def evaluation(tasks: list[str]) -> dict[str, Any]:
         },
         "judges": {"reward": {"pairs_test": 5376, **ci("accuracy", 0.7686, 0.01), "length_baseline_accuracy": 0.561}},
         "contamination": {
-            "documents": 30000, "words": 13, "contaminated": tasks[:1],
+            "documents": 30000, "words": 1204878, "contaminated": tasks[:1],
             "tasks": {task: overlap if task == tasks[0] else clean for task in tasks},
         },
     }  # fmt: skip

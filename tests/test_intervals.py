@@ -11,6 +11,7 @@ from rlhf.functional.intervals import (
     mean_estimate,
     proportion_estimate,
     ratio_estimate,
+    sign_test,
 )
 
 Z = NormalDist().inv_cdf(0.975)
@@ -121,3 +122,9 @@ def test_nothing_has_no_mean() -> None:
 def test_summaries_have_the_figure_and_its_interval() -> None:
     found = Estimate(0.123456, 0.1, 0.15).as_keys("accuracy", 4)
     assert found == {"accuracy": 0.1235, "accuracy_ci95": [0.1, 0.15]}
+
+
+def test_the_sign_test_by_hand() -> None:
+    assert sign_test([]) == sign_test([0.0, 0.0]) == sign_test([1.0, -1.0]) == 1.0
+    assert sign_test([1.0, 1.0, 1.0, 0.0]) == 0.25  # two of the eight ways in which three coins fall
+    assert sign_test([1.0] * 9 + [-1.0]) == sign_test([-1.0] * 9 + [1.0]) == pytest.approx(22 / 1024)

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from evaluation.report.reading import one_line
 
@@ -23,6 +24,7 @@ COLOURS = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed", "#4b5563")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 2, 2)))
 MARKERS, GLYPHS = "os^Dv", "●■▲◆▼"
 WHOLE = ("step", "update", "tokens of the response")  # axes on which there is nothing between whole numbers
+STEEP = 5.0  # times the smallest value: the axis of a loss becomes logarithmic
 INK, FAINT = "#374151", "#9ca3af"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -66,9 +68,11 @@ def draw_lines(
     *,
     at: tuple[float, str] | None = None,
     share: bool = False,
+    falling: bool = False,
 ) -> str:
     """Curves over a common axis. `labels` are those of the axes; `at` marks a place on the horizontal one; `share`
-    says that values lie between 0 and 1. `name` is to be unique in the page.
+    says that values lie between 0 and 1, `falling` that they fall as losses do: where the first steps would hide the
+    others, the vertical axis is logarithmic. `name` is to be unique in the page.
     """
     with _figure(name, SIZE) as (figure, place):
         for number, line in enumerate(lines):
@@ -82,6 +86,13 @@ def draw_lines(
         values = {value for line in lines for value in line.y}
         if share:
             place.set_ylim(-0.03, 1.05)
+        elif min(values, default=0.0) > 0 and max(values) > STEEP * min(
+            values
+        ):  # the first steps would hide the others
+            place.set_yscale("log")
+            place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            place.yaxis.set_minor_formatter(NullFormatter())
         elif len(values) == 1 and (value := values.pop()):  # rounding is no news
             place.set_ylim(min(0.0, 1.5 * value), max(0.0, 1.5 * value))
         place.locator_params(axis="x", nbins=8, integer=labels[0] in WHOLE)
@@ -175,9 +186,10 @@ def _finish(place: Axes, title: str, labels: tuple[str, str]) -> None:
         loc="left",
         fontweight="bold",
     )
-    place.tick_params(length=0)
+    place.tick_params(which="both", length=0)
     place.set_axisbelow(True)
-    place.locator_params(axis="y", nbins=6)
+    if place.get_yscale() == "linear":
+        place.locator_params(axis="y", nbins=6)
     for axis in (place.xaxis, place.yaxis):
         axis.get_offset_text().set_fontsize(9)
 

@@ -17,16 +17,17 @@ class Plot(NamedTuple):
     unit: str
     keys: dict[str, str]
     share: bool = False  # between 0 and 1
+    falling: bool = False  # as losses do
 
 
 RATE = Plot("Learning rate", "learning rate", {"learning_rate": "rate"})
 PLOTS: dict[str, tuple[Plot, ...]] = {
     "pretrain": (
-        Plot("Loss", "nats per token", {"loss": "training", "validation_nats_per_token": "held out"}),
+        Plot("Loss", "nats per token", {"loss": "training", "validation_nats_per_token": "held out"}, falling=True),
         RATE,
     ),
     "sft": (
-        Plot("Loss", "nats per token", {"loss": "training", "validation_nats_per_token": "held out"}),
+        Plot("Loss", "nats per token", {"loss": "training", "validation_nats_per_token": "held out"}, falling=True),
         RATE,
     ),
     "reward": (
@@ -89,7 +90,10 @@ def _drawn(name: str, stages: dict[str, StageReport]) -> Iterator[Chart]:
             if (curve := stage.curves.get(key)) and curve.values
         ]
         if lines:
-            draw = partial(draw_lines, title=plot.title, labels=(across, plot.unit), lines=lines, share=plot.share)
+            labels = (across, plot.unit)
+            draw = partial(
+                draw_lines, title=plot.title, labels=labels, lines=lines, share=plot.share, falling=plot.falling
+            )
             yield Chart(draw, f"{plot.title} ends at {', '.join(_end(line, len(lines)) for line in lines)}.")
 
 

@@ -29,9 +29,9 @@ def contamination(report: Report) -> Section:
     blocks: list[Block] = []
     if tasks:
         named = [one_line(str(task)) for task in items(found, "contaminated")]
-        documents, n = whole(number(found, "documents")), whole(number(found, "words"))
+        documents, words_read = whole(number(found, "documents")), whole(number(found, "words"))
         told = f"Contaminated: {', '.join(named)}." if named else "No task is contaminated."
-        blocks.append(Paragraph(f"{told} Looked for in {documents} training documents, runs of {n} words.", ""))
+        blocks.append(Paragraph(f"{told} Looked for in {documents} training documents, {words_read} words.", ""))
         blocks.append(_contamination_table(tasks, models))
         blocks.extend(
             Folded(f"An example from {one_line(task)}", shortened(example, 600))

@@ -61,6 +61,17 @@ def clustered_estimate(groups: Sequence[Sequence[float]]) -> Estimate:
     return proportion_estimate(share * effective, effective)
 
 
+def sign_test(differences: Sequence[float]) -> float:
+    """The two-sided p-value of as many or more differences of one sign, were both signs as likely; zeros don't count.
+
+    Of items that are right or wrong it is McNemar's exact test. 1.0 without differences.
+    """
+    more, less = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    n, fewer = more + less, min(more, less)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """sum(numerators) / sum(denominators) over independent groups (documents), by the delta method."""
     n = len(numerators)

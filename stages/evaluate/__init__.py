@@ -120,9 +120,7 @@ def _evaluate(
         del model
     run = job.run if job else None
     judge = answering.open_judge(recipe, run) if work.prompts else None
-    answers = team.from_main(
-        lambda: answering.scored(work.prompts, {name: each.responses for name, each in found.items()}, judge)
-    )
+    answers = answering.scored(work.prompts, {name: each.responses for name, each in found.items()}, judge, team)
     metrics = {task.name: fewshot.main_metric(task) for task in work.suite.tasks}
     measured = {name: each.measured for name, each in found.items()}
     if work.training:
@@ -143,7 +141,7 @@ def _evaluate(
     if judge:
         summary["win_rates"] = answering.win_rates(answers, derive_seed(recipe.seed, "evaluate", "win rates"))
     if settings.comparisons:
-        summary["judges"] = team.from_main(lambda: answering.judge_accuracies(recipe, run))
+        summary["judges"] = answering.judge_accuracies(recipe, run, team)
     if work.training:
         summary["contamination"] = work.training.contamination
     if team.is_main:

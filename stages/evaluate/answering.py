@@ -26,6 +26,7 @@ from stages.judges import build_judge
 
 Answers = list[list[Response]]  # of each prompt; none for one that doesn't fit the model's context
 RESPONSES = "responses.jsonl"
+SCORED_AT_ONCE = 512
 
 
 def read_test_prompts(recipe: Recipe) -> list[Messages]:
@@ -96,15 +97,17 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sampling: Samp
 # What is said of them
 
 
-def scored(prompts: Sequence[Messages], answers: Mapping[str, Answers], judge: Judge | None) -> dict[str, Answers]:
+def scored(
+    prompts: Sequence[Messages], answers: Mapping[str, Answers], judge: Judge | None, team: Team
+) -> dict[str, Answers]:
     """The answers with the judge's score of each, and with the gold reward where the built-in world knows it."""
     found: dict[str, Answers] = {}
     for name, given in answers.items():
         asked = [prompt for prompt, responses in zip(prompts, given, strict=True) for _ in responses]
         texts = [response.text for responses in given for response in responses]
         scores: Sequence[float | None] = [None] * len(texts)
-        if judge and texts:
-            scores = judge.scores([Conversation(*each, []) for each in zip(asked, texts, strict=True)]).values
+        if judge:
+            scores = _scores(judge, list(zip(asked, texts, strict=True)), team, f"evaluate {name}: scores")
         known = iter(zip(scores, gold_rewards(asked, texts), strict=True))
         found[name] = [
             [
@@ -152,7 +155,7 @@ def open_judge(recipe: Recipe, run: RunDir | None) -> Judge | None:
     return build_judge(recipe, run, None, 0, device(), sections, "evaluate: score", key=key) if sections else None
 
 
-def judge_accuracies(recipe: Recipe, run: RunDir | None) -> dict[str, Any]:
+def judge_accuracies(recipe: Recipe, run: RunDir | None, team: Team) -> dict[str, Any]:
     """How often each judge prefers what the comparisons prefer, overall and by source, beside the length's accuracy.
 
     Length is in characters.
@@ -165,21 +168,30 @@ def judge_accuracies(recipe: Recipe, run: RunDir | None) -> dict[str, Any]:
     found = {}
     for section in sections:
         judge = build_judge(recipe, run, None, 0, device(), (section,), f"evaluate: judge {section.title}", key=key)
-        with torch.inference_mode():
-            found[section.title] = preference.accuracies(_outcomes(judge, comparisons))
+        found[section.title] = preference.accuracies(_outcomes(judge, comparisons, team))
     return found
 
 
-def _outcomes(judge: Judge, comparisons: Sequence[Comparison]) -> list[preference.Outcome]:
+def _outcomes(judge: Judge, comparisons: Sequence[Comparison], team: Team) -> list[preference.Outcome]:
     asked = [(c.prompt, text) for c in comparisons for text in (c.chosen, c.rejected)]
-    with Bar("evaluate: comparisons", len(comparisons)) as bar:
-        scores: list[float] = []
-        for start in range(0, len(asked), 512):
-            part = [Conversation(prompt, text, []) for prompt, text in asked[start : start + 512]]
-            scores += judge.scores(part).values
-            bar.show(len(scores) // 2)
+    scores = _scores(judge, asked, team, "evaluate: comparisons")
     answers = iter(preference.Answer(text, len(text), (score,)) for (_, text), score in zip(asked, scores, strict=True))
     return [
         preference.Outcome("\n".join(turn["content"] for turn in c.prompt), c.source, next(answers), next(answers))
         for c in comparisons
     ]
+
+
+def _scores(judge: Judge, asked: Sequence[tuple[Messages, str]], team: Team, what: str) -> list[float]:
+    """The judge's score of each response to its prompt; all processes share the work."""
+
+    def read(mine: list[tuple[Messages, str]]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(mine), SCORED_AT_ONCE):
+            part = [Conversation(prompt, text, []) for prompt, text in mine[start : start + SCORED_AT_ONCE]]
+            found += judge.scores(part).values
+            bar.show(min(len(found) * team.size, len(asked)))
+        return found
+
+    with Bar(what, len(asked)) as bar, torch.inference_mode():
+        return team.share(asked, read)
