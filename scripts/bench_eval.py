@@ -141,6 +141,9 @@ def main() -> None:
             by_place = {(item["task"], item["index"]): item for item in mine}
             whole = [item for item in peer if not item["truncated"]]
             both = [(item, by_place[item["task"], item["index"]]) for item in whole]
+            if not both:
+                table.add_row(model.parent.name, str(shots), "0", str(len(peer)), "none fits the context")
+                continue
             off = max(
                 abs(a - b) for t, o in both for a, b in zip(t["loglikelihoods"], o["loglikelihoods"], strict=True)
             )
