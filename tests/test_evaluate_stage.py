@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evaluation.perplexity import DocumentScore
-from evaluation.responses import Response
+from evaluation.responses import Response, win_rate
 from evaluation.suite import Answer, Measured, add_overlap
 from rlhf.chain import stage_inputs
+from rlhf.judge import Conversation, Scores
 from rlhf.recipe import load_recipe, upstream
 from rlhf.rundir import RunDir
+from rlhf.team import Team
+from stages.evaluate.answering import scored
 from stages.evaluate.kept import Findings, details, read_findings, write_findings
 from tests.conftest import TINY_RECIPE, rlhf
 
@@ -146,6 +150,22 @@ def test_what_the_stage_stands_on() -> None:
     now = stage_inputs(own, "evaluate", run)
     assert "ppo.judge" not in now and "ppo.sampling.max_tokens" not in now
     assert {"evaluate.judge math:sqrt", "evaluate.sampling.max_tokens"} <= now.keys()
+
+
+def test_the_same_response_of_two_models_is_a_tie_whatever_rounding_does() -> None:
+    """A judge whose scores depend on what stands beside a response, as a model's do in the last digit."""
+
+    class Rounding:
+        def scores(self, conversations: Sequence[Conversation]) -> Scores:
+            return Scores([len(c.response) + 1e-6 * place for place, c in enumerate(conversations)])
+
+    prompts = [[{"role": "user", "content": f"{n}?"}] for n in range(5)]
+    first = [[Response(f"answer {n}", 3, True)] for n in range(5)]
+    second = [*first[:3], [], [Response("another", 2, True)]]
+    found = scored(prompts, {"a": first, "b": second}, Rounding(), Team())
+    assert [one == other for one, other in zip(found["a"], found["b"], strict=True)] == [True] * 3 + [False] * 2
+    assert all(response.score is not None for given in found.values() for responses in given for response in responses)
+    assert win_rate(found["a"], found["b"])["ties"] == 3
 
 
 def test_overlap_beside_the_accuracy() -> None:

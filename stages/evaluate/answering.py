@@ -100,23 +100,32 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sampling: Samp
 def scored(
     prompts: Sequence[Messages], answers: Mapping[str, Answers], judge: Judge | None, team: Team
 ) -> dict[str, Answers]:
-    """The answers with the judge's score of each, and with the gold reward where the built-in world knows it."""
-    found: dict[str, Answers] = {}
-    for name, given in answers.items():
-        asked = [prompt for prompt, responses in zip(prompts, given, strict=True) for _ in responses]
-        texts = [response.text for responses in given for response in responses]
-        scores: Sequence[float | None] = [None] * len(texts)
-        if judge:
-            scores = _scores(judge, list(zip(asked, texts, strict=True)), team, f"evaluate {name}: scores")
-        known = iter(zip(scores, gold_rewards(asked, texts), strict=True))
-        found[name] = [
-            [
-                response._replace(score=score, gold=gold)
-                for response, (score, gold) in zip(responses, known, strict=False)
-            ]
-            for responses in given
-        ]
-    return found
+    """The answers with the judge's score of each, and with the gold reward where the built-in world knows it.
+
+    A response that several models gave is scored once: rounding, which depends on what is read beside it, would else
+    make one of them win.
+    """
+    places = {
+        (place, response.text): prompt
+        for given in answers.values()
+        for place, (prompt, responses) in enumerate(zip(prompts, given, strict=True))
+        for response in responses
+    }
+    asked = [(prompt, text) for (_, text), prompt in places.items()]
+    scores: Sequence[float | None] = [None] * len(asked)
+    if judge:
+        scores = _scores(judge, asked, team, "evaluate: scores")
+    gold = gold_rewards([prompt for prompt, _ in asked], [text for _, text in asked])
+    known = dict(zip(places, zip(scores, gold, strict=True), strict=True))
+
+    def told(place: int, response: Response) -> Response:
+        score, worth = known[place, response.text]
+        return response._replace(score=score, gold=worth)
+
+    return {
+        name: [[told(place, response) for response in responses] for place, responses in enumerate(given)]
+        for name, given in answers.items()
+    }
 
 
 def figures_of(answers: Mapping[str, Answers]) -> dict[str, dict[str, Any]]:
