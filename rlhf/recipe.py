@@ -150,7 +150,10 @@ class PretrainSection(Section):
     sequence_length: int = Field(ge=2, description="tokens of one packed row")
     isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
     microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
-    learning_rate: float = Field(gt=0, le=100, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices of the layers, AdamW for the rest; needs fewer steps"
+    )
+    learning_rate: float = Field(gt=0, le=100, description="peak learning rate")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with a rising learning rate")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")

@@ -1,6 +1,7 @@
 """The pretrain stage: next-token prediction from random weights, our own loop on Accelerate.
 
-AdamW (0.9, 0.95, 1e-8), weight decay on matrices only, linear warm-up then cosine to a floor, gradient clipping.
+AdamW (0.9, 0.95, 1e-8) with weight decay on matrices only, or Muon for the layers' matrices; linear warm-up, then
+cosine to a floor; gradient clipping.
 Documents are packed end to end in a memory-mapped file; the rows that a step reads depend on (seed, step) alone.
 """
 
@@ -23,6 +24,7 @@ from rlhf.errors import StageFailed
 from rlhf.functional.masked import widened
 from rlhf.job import Job
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups, model_card, save_model
+from rlhf.muon import muon_with_adamw
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver
@@ -138,10 +140,7 @@ def _train(
     accelerator: Accelerator,
 ) -> float:
     """The training loop. Returns the seconds that it took, its validations apart."""
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=BETAS, eps=EPSILON
-    )
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, *optimizers = accelerator.prepare(model, *_optimizers(model, settings))
     metrics = job.metrics()
     saver = Saver(job, metrics)
     rows = settings.tokens_per_step // settings.sequence_length
@@ -153,14 +152,15 @@ def _train(
     if found:
         state = load_tree(found.path, "state")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         first_step, spent_validating, summed = found.step, state["seconds_validating"], state["losses_summed"]
         losses += state["losses"][job.team.rank] if len(state["losses"]) == job.team.size else state["losses"].mean()
 
     def state_now() -> dict[str, Any]:
         return {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "losses": torch.stack(job.team.gather(losses.cpu())),
             "losses_summed": summed,
             "seconds_validating": spent_validating,
@@ -170,13 +170,14 @@ def _train(
     with saver.training(), Bar("pretrain", steps, first_step) as bar:
         for step in range(first_step, steps):
             rate = learning_rate_at(step, steps, settings.learning_rate, settings.warmup, settings.final_learning_rate)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
             first = step * rows + job.team.rank * mine
             loss = _step_gradient(wrapped, packed, range(first, first + mine), size, begin, accelerator)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.gradient_clipping)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             losses, summed = losses + loss, summed + 1
 
             done = step + 1
@@ -196,6 +197,13 @@ def _train(
                 spent_validating += time.monotonic() - before
             saver.after_step(done, steps, state_now, model)
         return saver.seconds() - spent_validating
+
+
+def _optimizers(model: PreTrainedModel, settings: PretrainSection) -> list[torch.optim.Optimizer]:
+    if settings.optimizer == "muon":
+        return muon_with_adamw(model, settings.learning_rate, settings.weight_decay, BETAS, EPSILON)
+    groups = decay_groups(model, settings.weight_decay)
+    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, eps=EPSILON)]
 
 
 def _step_gradient(

@@ -14,6 +14,7 @@ FLOORS = [
     {
         "rlhf.model",
         "rlhf.likelihood",
+        "rlhf.muon",
         "rlhf.tokenizer",
         "rlhf.runtime",
         "rlhf.checkpoint",
