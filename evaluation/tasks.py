@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlhf.data import reader
+from rlhf.data.overlap import Probe
 from rlhf.data.reader import Faults, read_rows
 from rlhf.data.rows import is_text
 from rlhf.errors import DataError, RecipeError, UserError
@@ -36,13 +37,6 @@ class Question(NamedTuple):
     target: str = ""
     item: int = 0  # its number in the task: the same in every draw of demonstrations, and at every number of them
     empty: tuple[str, ...] = ()  # the prompt with each of CONTENT_FREE in place of what the item says
-
-
-class Probe(NamedTuple):
-    """What of an item should not occur in training."""
-
-    text: str  # what is asked, without instruction and demonstrations where these aren't the item's own
-    answer: str
 
 
 class TaskFormat(BaseModel):
