@@ -179,10 +179,12 @@ class SpikesSection(Section):
         "on (a loss that is no number ends the stage all the same)",
     )
     deviations: float = Field(
-        8.0, gt=0, description="a loss is a spike where it is so many standard deviations above the median loss, and"
+        8.0,
+        gt=0,
+        description="a loss is a spike where it is above the last 20 losses' median by so many deviations",
     )
-    rise: float = Field(0.5, ge=0, description="so many nats at least")
-    history: int = Field(100, ge=20, description="steps that tell the median and the deviation; the first 20 only tell")
+    rise: float = Field(0.5, ge=0, description="and by so many nats at least")
+    history: int = Field(100, ge=20, description="steps that tell the deviation of a loss from the one before it")
     good_every: int = Field(
         50,
         ge=1,

@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-MACHINE = {"time", "started", "seconds", "peak_memory_mib"}  # what depends on the machine, beside ..._(per_)second(s)
+MACHINE = {
+    "time",
+    "started",
+    "seconds",
+    "peak_memory_mib",
+    "model_flops_utilisation",
+}  # what depends on the machine, beside ..._(per_)second(s)
 
 
 def differences(reference: Path, other: Path) -> list[str]:

@@ -17,7 +17,7 @@ from rlhf.checkpoint import copy_tree
 from rlhf.data.tokens import PackedTokens, ReplayedTokens, pack
 from rlhf.errors import StageFailed
 from rlhf.functional.schedules import learning_rate_share
-from rlhf.functional.spikes import usual_loss
+from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, SpikesSection
 from rlhf.team import Team
@@ -25,7 +25,7 @@ from stages.pretrain import loss as loss_module
 from stages.pretrain.loss import TokenLoss, positions_in_documents
 from stages.pretrain.plan import Plan
 from stages.pretrain.speed import flops_per_token, peak_flops
-from stages.pretrain.spikes import LEAST_HISTORY, Guard
+from stages.pretrain.spikes import Guard
 from stages.pretrain.training import Training
 
 VOCABULARY, BEGIN = 50, 1
@@ -292,12 +292,16 @@ def test_the_machine_has_a_peak() -> None:
 
 
 def test_usual_losses_by_hand() -> None:
-    # median 3; distances 2 1 0 1 97: their median 1
-    usual = usual_loss([1.0, 2.0, 3.0, 4.0, 100.0], deviations=2.0, rise=0.5)
+    # median 3; from step to step 2 1 2 97: their median 2
+    usual = usual_loss([1.0, 3.0, 2.0, 4.0, 101.0], deviations=2.0, rise=0.5)
     assert usual.median == 3.0
-    assert usual.deviation == pytest.approx(1.4826)
-    assert usual.limit == pytest.approx(3.0 + 2 * 1.4826)
+    assert usual.deviation == pytest.approx(1.4826 * 2**0.5)
+    assert usual.limit == pytest.approx(3.0 + 2 * 1.4826 * 2**0.5)
     assert usual_loss([1.0, 1.0], deviations=8.0, rise=0.5).limit == 1.5
+    normal = np.random.default_rng(0).normal(5.0, 0.3, 20_000)
+    assert usual_loss(normal.tolist(), 1.0, 0.0).deviation == pytest.approx(0.3, rel=0.03)
+    falling = usual_loss([10 - 0.05 * step for step in range(100)], deviations=8.0, rise=0.0)
+    assert falling.limit < 10 - 0.05 * 80  # not taken in by what the loss was long ago
 
 
 def guard_of(**settings: Any) -> Guard:
@@ -306,7 +310,7 @@ def guard_of(**settings: Any) -> Guard:
 
 def test_a_spike_is_above_the_limit_or_no_number() -> None:
     guard = guard_of(rise=0.5)
-    for _ in range(LEAST_HISTORY):
+    for _ in range(RECENT):
         assert guard.fault(50.0, 1.0) == ""  # too early to tell
         guard.passed(2.0)
     assert guard.fault(2.5, 1.0) == ""

@@ -1,8 +1,8 @@
 """Loss spikes: found by a stated rule, and undone.
 
-A step is a spike where its loss or the norm of its gradient is no number, or where its loss lies above the median of
-the last losses by so many deviations and so many nats (rlhf.functional.spikes). The rule looks at the mean loss of all
-processes, so that all come to the same verdict. The step is not taken; instead
+A step is a spike where its loss or the norm of its gradient is no number, or, from the 21st step on, where its loss
+lies above the median of the last losses by so many deviations and so many nats (rlhf.functional.spikes). The rule looks
+at the mean loss of all processes, so that all come to the same verdict. The step is not taken; instead
 
 - the model, the optimisers and the losses are again what they were at the last *good* state: states are kept in memory
   every `good_every` steps, and one is good once the next one is reached without a spike, since harm may be done before
@@ -19,10 +19,8 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from rlhf.errors import StageFailed
-from rlhf.functional.spikes import usual_loss
+from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.recipe import SpikesSection
-
-LEAST_HISTORY = 20  # losses, before one of them can be a spike
 
 
 class Rollback(NamedTuple):
@@ -63,7 +61,7 @@ class Guard:
             return f"the loss is {loss}"
         if not math.isfinite(norm):
             return f"the norm of the gradient is {norm}"
-        if len(self._losses) < LEAST_HISTORY:
+        if len(self._losses) < RECENT:
             return ""
         usual = usual_loss(self._losses, self._settings.deviations, self._settings.rise)
         if loss <= usual.limit:

@@ -109,13 +109,17 @@ class Training:
         return self.plan.rows_before(self.step) + self.skipped
 
     def _gradient(self) -> tuple[float, float]:
-        """The gradient of one step's rows; their mean loss in nats per token, and the norm before it is clipped."""
+        """The gradient of one step's rows; their mean loss in nats per token, and the norm before it is clipped.
+
+        Both are means over the processes: what is no number on one of them is none on all.
+        """
         rows = self.plan.part_of(self.step).rows
         mine = rows // self.job.team.size
         first = self.place + self.job.team.rank * mine
         loss = self.add_gradient(range(first, first + mine))
         norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.settings.gradient_clipping))
-        return self.job.team.add([float(loss)])[0] / self.job.team.size, norm
+        together = self.job.team.add([float(loss), norm])
+        return together[0] / self.job.team.size, together[1] / self.job.team.size
 
     def add_gradient(self, places: range) -> torch.Tensor:
         """Adds up the gradient of this process's rows, a microbatch at a time; returns their mean loss.
