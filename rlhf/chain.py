@@ -119,7 +119,9 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     section = getattr(recipe, stage)
     inputs: dict[str, Any] = {f"{stage}.{key}": value for key, value in result_fields(section).items()}
     inputs["seed"] = recipe.seed
-    if stage == "pretrain":
+    if stage in TRAINING and recipe.precision != "auto":
+        inputs["precision"] = recipe.precision
+    if stage == "pretrain" and recipe.base is None:
         inputs |= {f"model.{key}": value for key, value in result_fields(recipe.model).items()}
     inputs |= _borrowed(recipe, stage)
     for source in _sources(recipe, stage):

@@ -27,6 +27,8 @@ from pydantic import (
 )
 
 from rlhf.errors import RecipeError
+from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, training_of
+from rlhf.functional.schedules import ScheduleName
 
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
@@ -72,6 +74,7 @@ class Source(Section):
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often each row is used: 2 is twice, 0.5 is a random half"
     )
+    name: str | None = Field(None, min_length=1, max_length=60, description="what figures call it; default: after it")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
@@ -80,7 +83,7 @@ class Source(Section):
         return self
 
     def __str__(self) -> str:
-        return self.path or (f"hub:{self.hub}" if self.hub else f"builtin:{self.builtin}")
+        return self.name or self.path or (f"hub:{self.hub}" if self.hub else f"builtin:{self.builtin}")
 
 
 Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -105,7 +108,17 @@ class TokenizerSection(Section):
 class ModelSection(Section):
     """The architecture of a model that starts from random weights."""
 
-    architecture: Literal["llama", "qwen3", "gpt2"] = Field("llama", description="family of the transformers config")
+    depth: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="the one dial: layers, from which width, heads, context, and pretrain's tokens, tokens_per_step, "
+        "learning_rate and sequence_length follow where they aren't given (rlhf/functional/compute_optimal.py)",
+    )
+    architecture: Literal["llama", "qwen3", "gpt2"] = Field(
+        "llama",
+        description="family of the config; qwen3 is llama with QK-norm",
+    )
     layers: int = Field(4, ge=1, description="number of decoder layers")
     width: int = Field(128, ge=8, description="size of the hidden states")
     heads: int = Field(4, ge=1, description="number of attention heads")
@@ -262,27 +275,86 @@ class PrepareSection(Section):
     incontext: InContextSection | None = Field(None, description="documents made of few-shot tasks' training files")
 
 
+class RampSection(Section):
+    """A batch that grows: small steps while the gradient is still the same everywhere, large ones later."""
+
+    from_: int = Field(ge=1, alias="from", description="tokens of the first steps; tokens_per_step is a multiple of it")
+    tokens: int = Field(ge=1, description="over how many tokens the batch grows, evenly, up to tokens_per_step")
+    learning_rate: Literal["none", "square_root"] = Field(
+        "none", description="square_root: while the batch is smaller, the rate is too, by the root of its share"
+    )
+
+
+class ReplaySection(Section):
+    """Texts of the earlier training among the new ones, against forgetting."""
+
+    train: Sources = Field(description="texts of the mixture that the base was trained on")
+    share: float = Field(gt=0, lt=1, description="of all rows that are read, so many are of these")
+
+
+class SpikesSection(Section):
+    """What is done when the loss jumps, or loss or gradient is no number."""
+
+    action: Literal["roll_back", "stop", "ignore"] = Field(
+        "roll_back",
+        description="back to the last good state, and on with the data behind the spike; or end with an error; or go "
+        "on (a loss that is no number ends the stage all the same)",
+    )
+    deviations: float = Field(
+        8.0,
+        gt=0,
+        description="a loss is a spike where it is above the last 20 losses' median by so many deviations",
+    )
+    rise: float = Field(0.5, ge=0, description="and by so many nats at least")
+    history: int = Field(100, ge=20, description="steps that tell the deviation of a loss from the one before it")
+    good_every: int = Field(
+        50,
+        ge=1,
+        description="steps between the states that are kept in memory; one is good once as many steps went well",
+    )
+    most_in_a_row: int = Field(
+        5, ge=1, description="rollbacks without getting past the spike, each skipping twice as much, then it ends"
+    )
+
+
 class PretrainSection(Section):
-    """Next-token prediction from random weights."""
+    """Next-token prediction, from random weights or, with `base`, from those of a model."""
 
     train: Sources = Field(description="texts to learn from")
-    validation: Sources = Field(description="texts to measure on")
+    validation: Sources = Field(description="texts to measure on; several sources are measured one by one as well")
     prepare: PrepareSection | None = Field(
         None, description="clean, filter and deduplicate `train`; `{}` is the standard; default: texts as they are"
     )
+    replay: ReplaySection | None = Field(None, description="with `base`: texts of its earlier training among the new")
     tokens: int = Field(ge=1, description="how many tokens to train on in all")
     tokens_per_step: int = Field(ge=1, description="tokens of one optimiser step, over all processes")
+    ramp: RampSection | None = Field(None, description="smaller steps at the beginning")
     sequence_length: int = Field(ge=2, description="tokens of one packed row")
+    order: Literal["shuffled", "as_given"] = Field(
+        "shuffled", description="rows are read in a new random order in each pass, or as they stand"
+    )
     isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
     microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
+    gradient_checkpointing: bool = Field(
+        False, description="hold less, compute each layer twice", json_schema_extra=_NO_RESULT
+    )
+    compile: bool = Field(False, description="torch.compile: on a GPU a third faster or more, after minutes of work")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices of the layers, AdamW for the rest; needs fewer steps"
     )
     learning_rate: float = Field(gt=0, le=100, description="peak learning rate")
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    schedule: ScheduleName = Field(
+        "cosine", description="from the peak to the floor: cosine, linear, wsd (late, by the root), or not at all"
+    )
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the tokens with a rising learning rate")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the tokens, the last ones, in which wsd's rate falls")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="the floor, as a share of the peak")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of the squared log of the softmax's denominator; customary: 1e-4"
+    )
+    spikes: SpikesSection = Field(default=SpikesSection(), description="what is done when the loss jumps")
     validate_every: int = Field(200, ge=1, description="steps between validations", json_schema_extra=_NO_RESULT)
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
 
@@ -292,6 +364,17 @@ class PretrainSection(Section):
             raise ValueError(
                 f"tokens_per_step {self.tokens_per_step} is not a multiple of sequence_length {self.sequence_length}"
             )
+        if self.ramp and (self.ramp.from_ % self.sequence_length or self.tokens_per_step % self.ramp.from_):
+            raise ValueError(
+                f"ramp.from {self.ramp.from_} must be a multiple of sequence_length {self.sequence_length} that "
+                f"divides tokens_per_step {self.tokens_per_step}"
+            )
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than all tokens")
+        names = [str(source) for source in self.validation]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"validation: two sources are called {twice}; give them names with name:")
         return self
 
 
@@ -837,6 +920,11 @@ class Recipe(Section):
     needs: str = Field("", description="hardware and data", json_schema_extra=_NO_RESULT)
     takes: str = Field("", description="time and memory", json_schema_extra=_NO_RESULT)
     seed: int = Field(1, ge=0, lt=2**32, description="what every draw of every stage depends on")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of what is computed in training; weights are float32. auto: bfloat16 on a GPU that has it, "
+        "float32 elsewhere (a CPU without hardware for bfloat16 is many times slower with it, and refused)",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all cores", json_schema_extra=_NO_RESULT)
     checkpoints: CheckpointSection = Field(
         default=CheckpointSection(), description="what a killed run goes on from", json_schema_extra=_NO_RESULT
@@ -858,6 +946,29 @@ class Recipe(Section):
     ppo: PpoSection | None = Field(None, description="the ppo stage")
     evaluate: EvaluateSection | None = Field(None, description="the evaluate stage")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_fills(cls, values: Any) -> Any:
+        return _filled_from_depth(values) if isinstance(values, dict) else values
+
+    def _check_beginning(self) -> None:
+        """Where the chain begins: at a tokenizer and random weights, or at a base. Raises ValueError for neither."""
+        both = {"tokenizer", "pretrain"} <= set(self.stages)
+        if self.base is None:
+            if not both and self.stages != ("tokenizer",):
+                raise ValueError(
+                    "the stages tokenizer and pretrain come together, or `base` names the model to go on from"
+                    if {"tokenizer", "pretrain"} & set(self.stages)
+                    else "`base` names the model to begin with, since pretrain is not among the stages"
+                )
+            if self.pretrain and self.pretrain.replay and "pretrain" in self.stages:
+                raise ValueError("pretrain.replay: without `base` there is no earlier training to replay")
+            return
+        if "tokenizer" in self.stages:
+            raise ValueError("either `base`, whose tokenizer is kept, or the stage tokenizer, not both")
+        if "pretrain" in self.stages and self.model != ModelSection():
+            raise ValueError("model: with `base` the architecture is the base's; leave the section out")
+
     @model_validator(mode="after")
     def _chain_holds(self) -> Recipe:
         order = [STAGES.index(stage) for stage in self.stages]
@@ -866,14 +977,8 @@ class Recipe(Section):
         for stage in self.stages:
             if getattr(self, stage) is None:
                 raise ValueError(f"the stage {stage} is in `stages` but the recipe has no section `{stage}`")
-        if ("tokenizer" in self.stages) != ("pretrain" in self.stages) and self.stages != ("tokenizer",):
-            raise ValueError("the stages tokenizer and pretrain come together")
-        needs_base = "pretrain" not in self.stages and self.stages != ("tokenizer",)
-        if needs_base and self.base is None:
-            raise ValueError("`base` names the model to begin with, since pretrain is not among the stages")
-        if self.base is not None and "pretrain" in self.stages:
-            raise ValueError("either `base` or the stage pretrain, not both")
-        if "pretrain" in self.stages:
+        self._check_beginning()
+        if "pretrain" in self.stages and self.base is None:
             assert self.pretrain is not None
             longest = {"pretrain.sequence_length": self.pretrain.sequence_length}
             if "sft" in self.stages and self.sft:
@@ -896,6 +1001,30 @@ class Recipe(Section):
         if "evaluate" in self.stages and self.evaluate and self.evaluate.comparisons and not evaluating_judges(self)[1]:
             raise ValueError("evaluate.comparisons: there is no judge to try on them; name one in evaluate.judge")
         return self
+
+
+def _filled_from_depth(values: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a recipe with what follows from `model.depth` where nobody has said otherwise."""
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("depth"), int) or not 1 <= model["depth"] <= 512:
+        return values
+    shape = shape_of_depth(model["depth"])
+    model = {**shape._asdict(), **model}
+    pretrain, tokenizer = values.get("pretrain"), values.get("tokenizer")
+    if not isinstance(pretrain, dict):
+        return {**values, "model": model}
+    filled = {"sequence_length": model["context"], **pretrain}
+    try:
+        vocabulary = TokenizerSection.model_fields["vocab_size"].default
+        vocabulary = int((tokenizer or {}).get("vocab_size", vocabulary))
+        width, gated = int(model["width"]), model.get("architecture") != "gpt2"
+        mlp = int(model.get("mlp_width") or (round(width * 8 / 3 / 32) * 32 if gated else 4 * width))
+        kv_share = int(model.get("kv_heads") or model["heads"]) / int(model["heads"])
+        inner = inner_parameters(int(model["layers"]), width, mlp, gated, kv_share)
+        training = training_of(inner, vocabulary * width, int(filled["sequence_length"]), filled.get("tokens"))
+    except (TypeError, ValueError, ArithmeticError):  # something that its own section will refuse
+        return {**values, "model": model}
+    return {**values, "model": model, "pretrain": {**training._asdict(), **filled}}
 
 
 def evaluating_judges(recipe: Recipe) -> tuple[str, tuple[JudgeSection, ...]]:
@@ -934,6 +1063,12 @@ def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int,
     section: Any = getattr(recipe, stage)
     if stage == "pretrain":
         rows, what = section.tokens_per_step // section.sequence_length, "tokens_per_step / sequence_length"
+        first = section.ramp.from_ // section.sequence_length if section.ramp else rows
+        if first % processes:
+            raise RecipeError(
+                f"pretrain: {'ramp.from' if section.ramp else 'tokens_per_step'} / sequence_length is {first}, which "
+                f"is not a multiple of the {processes} processes"
+            )
     else:
         what = "dialogues_per_step" if stage == "sft" else "pairs_per_step"
         rows = getattr(section, what)
@@ -977,8 +1112,8 @@ def needs_base(recipe: Recipe, stage: StageName) -> bool:
     """Whether the stage reads the recipe's `base` itself."""
     if recipe.base is None:
         return False
-    if stage == "evaluate":
-        return True
+    if stage in ("pretrain", "evaluate"):
+        return stage == "pretrain" or "pretrain" not in recipe.stages
     return stage in ("sft", "reward", "ppo") and not {"pretrain", "sft"} & set(upstream(recipe, stage))
 
 

@@ -92,9 +92,14 @@ def check_context(model: PreTrainedModel, key: str, tokens: int) -> None:
 
 
 def packed_texts(
-    job: Job, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+    job: Job,
+    sources: tuple[Source, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int | None,
+    name: str = "texts",
 ) -> tuple[PackedTokens, PackStats]:
-    """Texts as one file of token ids in STAGE/texts, written once by the first process, read in rows of `length`."""
+    """Texts as one file of token ids in STAGE/NAME, written once by the first process, read in rows of `length`."""
 
     def make(folder: Path) -> dict[str, Any]:
         if not job.team.is_main:
@@ -105,7 +110,7 @@ def packed_texts(
         report_faults(dataset)
         return stats._asdict()
 
-    kept = once(job, "texts", make)
+    kept = once(job, name, make)
     return PackedTokens(kept.path / "tokens.bin", len(tokenizer), length, seed), PackStats(**kept.facts)
 
 

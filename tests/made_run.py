@@ -153,7 +153,9 @@ def make_run(
     summaries = {
         "tokenizer": {**spent("tokenizer", 5.92), "vocab_size": 1024, "bytes_per_token": 3.2334, "texts": 8000},
         "pretrain": {**spent("pretrain", 161.0), "steps": 1172, "tokens": 1200128,
-                     **ci("validation_nats_per_token", 0.6643, 0.02), **ci("validation_bits_per_byte", 0.2992, 0.01)},
+                     **ci("validation_nats_per_token", 0.6643, 0.02), **ci("validation_bits_per_byte", 0.2992, 0.01),
+                     "rollbacks": [{"step": 278, "cause": f"the loss is 9.1 {ATTACK}", "back_to_step": 200,
+                                    "skipped_rows": [1600, 2632], "in_a_row": 1}]},
         "sft": {**spent("sft", 27.04), "steps": 400, "tokens": 354867, **ci("validation_nats_per_token", 0.3405, 0.02)},
         "reward": REWARD, "ppo": PPO, "evaluate": evaluation(list(tasks)),
     }  # fmt: skip
@@ -184,6 +186,9 @@ def _metrics(folder: Path) -> None:
     for stage in ("pretrain", "sft", "reward"):
         lines = [{"step": s, "loss": 1 + 60 / s, "learning_rate": 1e-3, "accuracy": 0.7, "time": s} for s in steps]
         lines += [{"step": 6000, "validation_nats_per_token": 1.2, "validation_loss": 0.5, "validation_accuracy": 0.8}]
+        if stage == "pretrain":
+            sources = {"books": 1.1357, ATTACK: 2.5}
+            lines += [{"step": 6000, **{f"validation_nats_per_token/{name}": nats for name, nats in sources.items()}}]
         write_lines(folder / stage / "metrics.jsonl", lines)
     shared = {"entropy": 0.3, "ended": 1.0, "clip_fraction": 0.1, "explained_variance": 0.5, "learning_rate": 1e-4}
     write_lines(

@@ -110,6 +110,13 @@ def test_the_numbers_are_the_summaries(html: str) -> None:
         assert fact in text
 
 
+def test_pretraining_tells_its_rollbacks_and_its_sources(html: str) -> None:
+    text = " ".join(" ".join(Shown(html).texts).split())
+    assert "Rolled back at step 278 to step 200: the loss is 9.1" in text
+    assert "Held out, by source ends at" in text
+    assert "1.136 (books)" in text
+
+
 def test_what_is_not_available_says_why(html: str) -> None:
     shown = Shown(html)
     assert shown.row("recall_things", "16")[4:] == ["n/a"] * 3
