@@ -61,7 +61,9 @@ class RunSearch:
 
     def _prepared(self, length: int, runs: set[Run]) -> _Wanted:
         rows = np.array([[self._numbers[word] for word in run] for run in runs], dtype=np.int32)
-        hashes = np.concatenate([_hashes(row.astype(np.uint64), length) for row in rows])
+        hashes = np.zeros(len(rows), dtype=np.uint64)
+        for word in rows.T:
+            hashes = _with(hashes, word.astype(np.uint64))
         self._marks[_marks(hashes)] = True
         order = np.argsort(hashes)
         return _Wanted(hashes[order], rows[order])
@@ -107,5 +109,10 @@ def _hashes(numbers: np.ndarray, length: int) -> np.ndarray:
     count = len(numbers) - length + 1
     found = np.zeros(count, dtype=np.uint64)
     for offset in range(length):
-        found = found * FACTOR + numbers[offset : offset + count] + np.uint64(1)
+        found = _with(found, numbers[offset : offset + count])
     return found
+
+
+def _with(hashes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The hashes of runs with one more word each."""
+    return hashes * FACTOR + numbers + np.uint64(1)

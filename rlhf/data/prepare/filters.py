@@ -4,7 +4,8 @@ A rule measures a document and has a limit; the first rule in the order of RULES
 paper's rules were made for web pages of 50 words or more in languages that put spaces between words, so here
 
 - shorter documents are judged by the first three rules alone (`from_words`);
-- in Chinese, Japanese, Thai and the like a sign or a run of them is a word, and no mean length of words is judged;
+- in Chinese, Japanese, Thai and the like, where the words that are counted are signs, two of them make one of the
+  paper's words, and no mean length of words is judged;
 - code, told by its lines, is not judged by rules on words, signs and repeated words;
 - elsewhere a word is what stands between blanks, as in the paper, but for lone punctuation, so that text whose
   punctuation was set apart for a tokenizer is not taken for a table.
@@ -13,6 +14,8 @@ paper's rules were made for web pages of 50 words or more in languages that put 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from rlhf.data.pieces import pieces
 from rlhf.data.prepare.repetition import NAMES, repeated_shares
@@ -33,6 +36,7 @@ CODE_LINE = re.compile(  # how a line of code begins or ends, or what only code 
     r"|[;{}]\s*(?://.*)?$|\)\s*:\s*$|\w\(.*\)\s*[;,]?\s*$|\w\s*(?:=|==|!=|\+=|-=|:=|<-|=>)\s*\S.*[\w\])}\"'],?$|::\w"
 )
 CODE_SHARE, CODE_LINES = 0.4, 3  # from which share of lines on, and how many, a document is code
+SIGNS = 2  # of a script without spaces, in a word
 NO_SPACES_SHARE = 0.2  # of the characters, from which on words have no length
 
 
@@ -93,7 +97,7 @@ def judge(documents: Sequence[str], words: Sequence[Words], limits: Limits, from
                 waiting["no_spaces" if "no_spaces" in kind else "spaces"].append(number)
         verdicts.append(verdict)
     if limits.keys() & set(NAMES):
-        for unit, numbers in ((1, waiting["spaces"]), (2, waiting["no_spaces"])):
+        for unit, numbers in ((1, waiting["spaces"]), (SIGNS, waiting["no_spaces"])):
             measured = _repetition([words[number] for number in numbers], unit)
             for number, shares in zip(numbers, measured, strict=True):
                 verdicts[number] = _first(RULES, shares, limits, set())
@@ -117,13 +121,11 @@ def _first(rules: Iterable[Rule], measures: Mapping[str, float], limits: Limits,
 
 
 def _kind(text: str, words: int, from_words: int) -> set[str]:
-    kind = set()
     if words < from_words:
         return {"short"}
-    if is_code(text):
-        kind.add("code")
+    kind = {"code"} if is_code(text) else set()
     if has_no_spaces(text):
-        kind.add("no_spaces")
+        kind |= {"no_spaces", "short"} if words < SIGNS * from_words else {"no_spaces"}
     return kind
 
 
@@ -141,25 +143,30 @@ def is_code(text: str) -> bool:
     return found >= CODE_LINES and found >= CODE_SHARE * len(lines)
 
 
-class _Kinds(dict[str, tuple[int, bool]]):
-    """What a word is made of: its length, 0 for lone punctuation, and whether it holds a letter."""
+class _Kinds(dict[str, int]):
+    """What a word is made of: twice its length, 0 for lone punctuation, and 1 more where it holds a letter."""
 
-    def __missing__(self, word: str) -> tuple[int, bool]:
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 2**18:
+            self.clear()
         letter = any(map(str.isalpha, word))
-        kind = self[word] = (len(word) if letter or not PUNCTUATION.fullmatch(word) else 0, letter)
+        kind = self[word] = (2 * len(word) if letter or not PUNCTUATION.fullmatch(word) else 0) + letter
         return kind
+
+
+_kinds = _Kinds()
 
 
 def _measured(text: str, words: Words) -> dict[str, float]:
     """The measures of words, signs, lines and paragraphs."""
     characters = count = alphabetic = hashes = ellipses = 0
     stop_words: set[str] = set()
-    kinds = _Kinds()
     for piece, known in zip(pieces(text, PIECE), words, strict=True):
-        found = [kind for kind in map(kinds.__getitem__, known if has_no_spaces(piece) else piece.split()) if kind[0]]
-        characters += sum(length for length, _ in found)
-        count += len(found)
-        alphabetic += sum(letter for _, letter in found)
+        found = known if has_no_spaces(piece) else piece.split()
+        kinds = np.fromiter(map(_kinds.__getitem__, found), dtype=np.int64, count=len(found))
+        characters += int((kinds >> 1).sum())
+        count += int((kinds > 1).sum())
+        alphabetic += int((kinds & 1).sum())
         hashes += piece.count("#")
         ellipses += len(ELLIPSES.findall(piece))
         stop_words |= STOP_WORDS.intersection(known)
