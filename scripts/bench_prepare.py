@@ -82,7 +82,7 @@ def documents(pool: list[str], draw: random.Random) -> Iterator[str]:
         wanted = min(2000, max(20, int(draw.lognormvariate(5.7, 0.8))))
         parts: list[str] = []
         words = 0
-        while words < wanted:
+        while words < wanted or len(parts) < 4:  # a sentence alone would be there again and again
             parts.append(draw.choice(pool))
             words += len(parts[-1].split()) if parts[-1].isascii() else len(parts[-1])
         yield "".join(part + draw.choice([" ", " ", " ", "\n\n"]) for part in parts).strip()
