@@ -209,7 +209,12 @@ class PretrainSection(Section):
         "shuffled", description="rows are read in a new random order in each pass, or as they stand"
     )
     isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
-    microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
+    microbatch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows of one forward pass; default: all of a step's, or as many as have about 2 GiB of "
+        "activations, on a GPU a quarter of its memory",
+    )
     gradient_checkpointing: bool = Field(
         False, description="hold less, compute each layer twice", json_schema_extra=_NO_RESULT
     )
