@@ -81,6 +81,8 @@ def _memorisation(results: dict[str, Any]) -> Table:
             cells = [f"{by_copies[key]['verbatim']:.2f}" if key in by_copies else "-" for key in copies]
             control = _share(figures["held_out"], "verbatim") if "held_out" in figures else "-"
             table.add_row(_said(name), _share(figures["training"], "verbatim"), control, *cells)
+        else:
+            table.add_row(_said(name), _said(figures.get("not_available", "all documents are too short")))
     return table
 
 
