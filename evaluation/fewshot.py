@@ -45,28 +45,29 @@ class Outcome(NamedTuple):
 
 
 def encode_questions(reader: Reader, questions: Sequence[Question], delimiter: str = " ") -> list[list[Request] | None]:
-    """A request for each choice of each question: both are encoded together, and cut where the prompt ends.
+    """A request for each choice of each question; None for a question that needs more than the context's tokens.
 
-    White space at a prompt's end belongs to the choice, whose first token it is part of, and BOS stands before a prompt
-    that is empty: as in lm-evaluation-harness. A question that needs more than the context's tokens is None: it is
-    never cut.
+    As in lm-evaluation-harness: prompt and choice are encoded together, and the choice is what has no place in the
+    prompt's own ids; white space at a prompt's end belongs to it; and BOS stands before a prompt that is empty.
     """
-    tokenizer, context = reader.tokenizer, reader.context
+    tokenizer = reader.tokenizer
     stems = encode_texts(tokenizer, [question.prompt.rstrip() for question in questions])
     texts = [f"{question.prompt}{delimiter}{choice}" for question in questions for choice in question.choices]
     wholes = iter(encode_texts(tokenizer, texts))
     requests: list[list[Request] | None] = []
     for question, stem in zip(questions, stems, strict=True):
-        mine = [next(wholes) for _ in question.choices]
-        nothing_before = not stem or min(map(len, mine)) < 2
-        begin = reader.begin or ([begin_id(tokenizer)] if nothing_before else [])
-        first = len(begin) + len(stem)
-        ids = [[*begin, *whole] for whole in mine]
-        cuts = [max(1, min(first, len(whole) - 1)) for whole in ids]
-        fits = all(len(whole) - 1 <= context for whole in ids)
-        found = [Request(whole[:cut], whole[cut:]) for whole, cut in zip(ids, cuts, strict=True)]
+        found = [_request(reader, stem, next(wholes)) for _ in question.choices]
+        fits = all(len(each.context) + len(each.continuation) - 1 <= reader.context for each in found)
         requests.append(found if fits else None)
     return requests
+
+
+def _request(reader: Reader, stem: Sequence[int], whole: Sequence[int]) -> Request:
+    """The choice behind the prompt `stem`, from the ids of both together."""
+    context, continuation = stem, whole[len(stem) :]
+    if not continuation:  # a token holds the prompt's end and all of the choice
+        context, continuation = whole[:-1], whole[-1:]
+    return Request([*reader.begin, *context] or [begin_id(reader.tokenizer)], continuation)
 
 
 def answer_by_likelihood(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:

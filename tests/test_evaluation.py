@@ -439,6 +439,15 @@ def test_white_space_that_ends_a_prompt_is_part_of_the_choice() -> None:
         assert spoken == ([" "] if len(prompt + delimiter) > 7 else []) + [" very", " ", "o", "k"]
 
 
+def test_a_choice_is_what_has_no_place_in_the_prompts_own_ids() -> None:
+    """As in lm-evaluation-harness, where a token spans the end of the prompt and the beginning of the choice."""
+    tokenizer = pieces(": ")
+    reader = Reader(plain(uniform(len(tokenizer))), tokenizer, 99, [])
+    ((request,),) = [r for r in encode_questions(reader, [Question("it is:", ("ok",), 0, ())]) if r]
+    assert tokenizer.convert_ids_to_tokens(request.context) == list("it is:")
+    assert tokenizer.convert_ids_to_tokens(request.continuation) == ["o", "k"]
+
+
 @pytest.mark.parametrize(("prompt", "choice"), [("", "ok"), (" ", "ok"), ("", "o"), ("ve", "ry")])
 def test_where_nothing_stands_before_a_choice_bos_does(prompt: str, choice: str) -> None:
     """Else its first token, or one that it shares with the prompt, would not be predicted at all."""
