@@ -887,5 +887,12 @@ def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_pa
     rlhf("evaluate", str(model), "--texts", f"{folder}/texts.jsonl", "--output", "found.json", cwd=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
     assert (found["documents"], found["fewshot"]) == (1, {})
+    write_rows(folder / "long.test.jsonl", ROW, {**ROW, "input": "word " * 400})
+    said = rlhf("evaluate", str(model), "--tasks", f"{folder}", "--shots", "0,7", cwd=tmp_path)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    rows = {row[0]: row[2:] for row in cells if len(row) == 4 and row[0]}
+    assert rows["long"][0].endswith("*") and rows["mood"] == [rows["mood"][0], "n/a"]
+    assert "n/a at 7, the task has 6 demonstrations, fewer than 7: mood." in said
+    assert "and don't count: 1 of long at 0." in said
     refused = rlhf("evaluate", str(model), "--tasks", f"{folder}/mod", cwd=tmp_path, code=2)
     assert f"no folder {folder}/mod, and no file {folder}/mod.test.jsonl" in refused

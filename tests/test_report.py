@@ -116,6 +116,15 @@ def test_what_is_not_available_says_why(html: str) -> None:
     assert any(f"n/a at 16, 8 demonstrations: {TASK}, recall_things." in text for text in shown.texts)
 
 
+def test_questions_that_did_not_fit_are_counted(copied: Path) -> None:
+    file = copied / "evaluate" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["models"]["sft"]["fewshot"]["recall_things"]["8"]["too_long"] = 7
+    write(file, summary)
+    told = "Questions that don't fit the context of sft and don't count: 7 of recall_things at 8."
+    assert any(told in text for text in Shown(report.render(copied, None, "html")).texts)
+
+
 def test_a_model_without_room_for_a_beginning_says_so(copied: Path) -> None:
     file = copied / "evaluate" / "summary.json"
     summary = json.loads(file.read_text())
