@@ -876,7 +876,7 @@ def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_pa
     model = finished_chain / "runs/tiny/sft/model"
     options = ("--tasks", f"{folder}/mood", "--shots", "0,3", "--output", "found.json", "--details", "answers.jsonl")
     said = rlhf("evaluate", str(model), *options, cwd=tmp_path)
-    assert "few-shot accuracy by number of demonstrations" in said
+    assert "few-shot accuracy by number of demonstrations" in said and "the first" not in said
     found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
     assert list(found) == ["fewshot"]
     assert {shots: figures["items"] for shots, figures in found["fewshot"]["mood"].items()} == {"0": 4, "3": 4}
@@ -888,7 +888,9 @@ def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_pa
     found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
     assert (found["documents"], found["fewshot"]) == (1, {})
     write_rows(folder / "long.test.jsonl", ROW, {**ROW, "input": "word " * 400})
-    said = rlhf("evaluate", str(model), "--tasks", f"{folder}", "--shots", "0,7", cwd=tmp_path)
+    few = "evaluate.fewshot.items=3"
+    said = rlhf("evaluate", str(model), "--tasks", f"{folder}", "--shots", "0,7", few, cwd=tmp_path)
+    assert "the first 3 items (evaluate.fewshot.items) of mood (4)\n" in said
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
     rows = {row[0]: row[2:] for row in cells if len(row) == 4 and row[0]}
     assert rows["long"][0].endswith("*") and rows["mood"] == [rows["mood"][0], "n/a"]

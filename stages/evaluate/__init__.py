@@ -182,6 +182,10 @@ def _prepare(recipe: Recipe, settings: EvaluateSection, team: Team, job: Job | N
         calibrate=section.calibrate,
         harness=_harness(recipe, settings),
     )
+    cut = [each for each in found if isinstance(each, tasks.FileTask) and len(each.items) > section.items]
+    if cut:
+        named = ", ".join(f"{task.name} ({len(task.items)})" for task in cut)
+        log(f"evaluate: the first {section.items} items (evaluate.fewshot.items) of {named}")
     probes = {task.name: task.probes(section.items, seed) for task in found}
     return _Work(suite, answering.read_test_prompts(recipe), read_training(recipe, probes, team, job))
 
