@@ -15,7 +15,7 @@ from rlhf.functional.masked import widened
 
 LOGITS_AT_ONCE = 2**22  # numbers, 16 MiB as float32: more tokens than that are read in parts; on an accelerator:
 LOGITS_AT_ONCE_THERE = 2**27
-SPLIT_TOLERANCE = 1e-3
+SPLIT_TOLERANCE = 1e-5  # both are the same product of the same states
 
 Hide = Callable[[Tensor, int], Tensor]  # (logits of the tokens from a place on, the place) -> with some at -inf
 
