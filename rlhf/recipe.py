@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     StrictInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -712,6 +713,13 @@ class FewShotSection(Section):
         False,
         description="also acc_calibrated: choices over their probability where nothing is asked (Zhao et al. 2021)",
     )
+
+    @field_validator("shots")
+    @classmethod
+    def _once_each(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(shots)) < len(shots):
+            raise ValueError("one of the numbers is there twice")
+        return shots
 
 
 class MemorisationSection(Section):

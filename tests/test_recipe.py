@@ -60,6 +60,7 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
         ("tokenizer.train=[]", ["tokenizer.train", "at least 1"]),
         ("tokenizer.train=[{path: a, hub: b}]", ["exactly one of the keys builtin, path, hub"]),
         ("ppo.learning_rate=.nan", ["ppo.learning_rate", "finite"]),
+        ("evaluate.fewshot.shots=[0, 2, 0]", ["evaluate.fewshot.shots", "one of the numbers is there twice"]),
     ],
 )
 def test_a_wrong_override_is_named_with_what_was_expected(override: str, words: list[str]) -> None:
