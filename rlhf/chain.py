@@ -22,6 +22,7 @@ from pydantic import BaseModel
 import rlhf
 from evaluation.harness import check_include, check_installed
 from rlhf.data.files import source_files
+from rlhf.data.prepare.inputs import task_inputs
 from rlhf.errors import MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
 from rlhf.plugins import check_function, function_file
@@ -145,6 +146,8 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
         if include:
             check_include(Path(recipe.data.root) / include)
             inputs[f"harness {include}"] = digest_tree(Path(recipe.data.root) / include)
+    if stage == "pretrain":
+        inputs |= task_inputs(recipe)
     for name in upstream(recipe, stage):
         inputs[f"stage {name}"] = run.stage(name).output_digest()
     return inputs
@@ -313,6 +316,31 @@ def run_chain(
         _say_what_is_there(recipe, run, time.monotonic() - started)
 
 
+def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[[str], str]) -> None:
+    """Makes the corpus that pretrain learns from, without training.
+
+    Raises UserError for what the user must mend, MissingInput where the tokenizer isn't there yet.
+    """
+    if recipe.pretrain is None or "pretrain" not in recipe.stages:
+        raise UserError("the recipe has no stage pretrain, so there is no corpus to prepare")
+    for source in recipe.pretrain.train:
+        source_files(source, Path(recipe.data.root))
+        _check_ends("pretrain", source)
+    _check_prepare(recipe)
+    run = RunDir.of(recipe, runs_dir)
+    run.check_free()
+    check_upstream(recipe, "pretrain", run, again)
+    run.create()
+    with run.lock():
+        from rlhf.runtime import quiet_libraries
+        from stages.corpus import make_corpus, tokenizer_of
+
+        run.write_recipe(recipe)
+        with quiet_libraries():
+            corpus = make_corpus(recipe, run, tokenizer_of(recipe, run), fresh=fresh)
+    print(f"the corpus: {corpus.folder}")
+
+
 def _report(run: RunDir, *, anew: bool) -> None:
     """Writes the report of a finished run; where that fails, says why: the run is done all the same."""
     if not anew and (run.path / "report.html").exists():
@@ -406,13 +434,19 @@ def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) 
             microbatches(recipe, stage, processes)
         for source in sources_in(getattr(recipe, stage)):
             source_files(source, Path(recipe.data.root))
-            if source.builtin and source.rows is None and stage not in ("reward", "ppo"):
-                raise UserError(f"{stage}: the source builtin: {source.builtin} never ends; say how many with rows:")
+            _check_ends(stage, source)
         for external in externals(recipe, stage):
             _check_external(external, Path(recipe.data.root))
+        if stage == "pretrain":
+            _check_prepare(recipe)
         if stage == "evaluate" and recipe.evaluate:
             _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
             _check_harness(recipe.evaluate.harness, Path(recipe.data.root))
+
+
+def _check_ends(stage: StageName, source: Source) -> None:
+    if source.builtin and source.rows is None and stage not in ("reward", "ppo"):
+        raise UserError(f"{stage}: the source builtin: {source.builtin} never ends; say how many with rows:")
 
 
 def _check_harness(harness: HarnessSection, root: Path) -> None:
@@ -429,6 +463,20 @@ def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
         if task != "tinyworld" and not path.is_dir() and not list(path.parent.glob(f"{glob.escape(path.name)}.test.*")):
             raise MissingInput(
                 f"evaluate.fewshot.tasks: no folder {path}, and no file {path}.test.jsonl (`tinyworld` is built in)"
+            )
+
+
+def _check_prepare(recipe: Recipe) -> None:
+    """The few-shot tasks that a corpus is kept free of, and made of, must be there."""
+    prepare, root = recipe.pretrain.prepare if recipe.pretrain else None, Path(recipe.data.root)
+    if prepare and prepare.decontamination and recipe.evaluate:
+        _check_tasks(recipe.evaluate.fewshot, root)
+    for task in prepare.incontext.tasks if prepare and prepare.incontext else ():
+        path = root / task
+        if not path.is_dir() and not list(path.parent.glob(f"{glob.escape(path.name)}.train.*")):
+            raise MissingInput(
+                f"pretrain.prepare.incontext.tasks: no folder {path}, and no file {path}.train.jsonl"
+                + (" (the built-in world's own documents hold such tasks already)" if task == "tinyworld" else "")
             )
 
 

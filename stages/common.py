@@ -32,13 +32,16 @@ def open_data(
     kind: data.Kind,
     split: Split,
     then: Callable[[Any], Any] | None = None,
+    *,
+    split_texts: bool = False,
 ) -> data.DataSet:
     """The rows of a recipe's sources as texts, conversations, prompts or comparisons, or as what `then` makes of each.
 
-    A UserError that `then` raises is the fault of the row, and obeys data.on_bad_row.
+    A UserError that `then` raises is the fault of the row, and obeys data.on_bad_row. With `split_texts` large plain
+    text files are several documents.
     """
     seed = derive_seed(recipe.seed, stage, kind, split)
-    opened = data.open_sources(sources, Path(recipe.data.root), kind, split, seed)
+    opened = data.open_sources(sources, Path(recipe.data.root), kind, split, seed, split_texts=split_texts)
     return data.DataSet(opened, kind, Faults(recipe.data.on_bad_row), seed, then)
 
 

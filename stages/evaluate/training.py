@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from evaluation.contamination import OverlapSearch
 from evaluation.memorisation import Document, DocumentSample
-from evaluation.tasks import Probe
+from rlhf.data.overlap import Probe
 from rlhf.job import Job
 from rlhf.recipe import Recipe, training_sources
 from rlhf.rundir import write_atomically

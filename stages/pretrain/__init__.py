@@ -26,6 +26,7 @@ from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import derive_seed, log, make_accelerator
 from rlhf.tokenizer import begin_id, load_tokenizer, token_info
 from stages.common import card_facts, check_context, context_of, named_model, packed_texts
+from stages.corpus import Corpus, training_corpus
 from stages.pretrain.plan import Plan
 from stages.pretrain.training import Outcome, Training
 from stages.pretrain.validation import QUICK, Measured, Validation
@@ -47,7 +48,7 @@ def run(job: Job) -> dict[str, Any]:
     model.to(accelerator.device)
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
     size = settings.microbatch_size or _rows_fitting(model, settings, mine)
-    _announce(job, settings, model, plan, size, texts.stats)
+    _announce(job, settings, model, plan, size, texts.corpus.stats)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measure = partial(validation.measure, model, tokenizer, context_of(model), job.team)
@@ -60,7 +61,7 @@ def run(job: Job) -> dict[str, Any]:
     begin = begin_id(tokenizer) if settings.isolate_documents else None
     training = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way)
     outcome = training.run()
-    summary = _summary(model, plan, texts.stats, outcome, measure(), before)
+    summary = _summary(model, plan, texts.corpus, outcome, measure(), before)
     if job.team.is_main:
         what = "trained from random weights" if recipe.base is None else f"trained further from {recipe.base}"
         card = model_card(
@@ -115,18 +116,19 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 
 class _Texts(NamedTuple):
     rows: Rows
-    stats: PackStats  # of the new ones
+    corpus: Corpus  # the new ones
 
 
 def _texts(job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBase) -> _Texts:
     """The training texts, with those that are replayed among them."""
     seed = derive_seed(job.recipe.seed, "pretrain", "order") if settings.order == "shuffled" else None
-    packed, stats = packed_texts(job, settings.train, tokenizer, settings.sequence_length, seed)
+    corpus = training_corpus(job, tokenizer)
+    packed = corpus.rows(len(tokenizer), settings.sequence_length, seed)
     if settings.replay is None:
-        return _Texts(packed, stats)
+        return _Texts(packed, corpus)
     old: PackedTokens
     old, _ = packed_texts(job, settings.replay.train, tokenizer, settings.sequence_length, seed, "replayed-texts")
-    return _Texts(ReplayedTokens(packed, old, settings.replay.share), stats)
+    return _Texts(ReplayedTokens(packed, old, settings.replay.share), corpus)
 
 
 def _rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int) -> int:
@@ -160,7 +162,7 @@ def _announce(
 
 
 def _summary(
-    model: PreTrainedModel, plan: Plan, stats: PackStats, outcome: Outcome, after: Measured, before: Measured | None
+    model: PreTrainedModel, plan: Plan, corpus: Corpus, outcome: Outcome, after: Measured, before: Measured | None
 ) -> dict[str, Any]:
     speed = plan.tokens / outcome.seconds
     summary = {
@@ -170,9 +172,10 @@ def _summary(
         "tokens_per_second": round(speed, 1),
         "peak_flops_per_second": outcome.peak_flops_per_second,
         "model_flops_utilisation": round(speed * outcome.flops_per_token / outcome.peak_flops_per_second, 4),
-        "training_documents": stats.documents,
-        "training_tokens": stats.tokens,
-        "training_bytes_per_token": round(stats.bytes / stats.tokens, 4),
+        "training_documents": corpus.stats.documents,
+        "training_tokens": corpus.stats.tokens,
+        "training_bytes_per_token": round(corpus.stats.bytes / corpus.stats.tokens, 4),
+        "corpus": corpus.summary(),
         **after.figures(),
         "rollbacks": outcome.rollbacks,
     }
