@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.tasks import TaskFormat, as_number
+from evaluation.tasks import TaskFormat, numbers_of
 from rlhf.model import end_ids
 from rlhf.rollout import Drawing, build_engine, cut_at_stop
 
-NUMBER = re.compile(r"[-−–]?\s?\$?\d[\d,]*(?:\.\d+)?|[-−–]?\s?\$?\.\d+")  # $1,234.50, -3, .5
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 
 
@@ -56,8 +55,8 @@ def extracted(text: str, what: str | None) -> str | Decimal | None:
     if what == "first_line":
         return next(iter(text.strip().splitlines()), "")
     if what in ("number", "last_number"):
-        found = NUMBER.findall(text)
-        return as_number(found[0 if what == "number" else -1]) if found else None
+        found = numbers_of(text)
+        return found[0 if what == "number" else -1] if found else None
     return text
 
 

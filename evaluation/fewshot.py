@@ -18,7 +18,7 @@ from evaluation.scoring import Request, Scorer
 from evaluation.tasks import Metric, Question, Task, TaskFormat
 from rlhf.functional.bootstrap import bootstrap_estimate
 from rlhf.functional.intervals import clustered_estimate
-from rlhf.tokenizer import encode_texts
+from rlhf.tokenizer import begin_id, encode_texts
 
 Sizes = Callable[[str], int]
 LEAST = -700.0  # nats: a choice less likely than that where nothing is asked counts as this likely there
@@ -45,24 +45,29 @@ class Outcome(NamedTuple):
 
 
 def encode_questions(reader: Reader, questions: Sequence[Question], delimiter: str = " ") -> list[list[Request] | None]:
-    """A request for each choice of each question: both are encoded together, and cut where the prompt ends.
+    """A request for each choice of each question; None for a question that needs more than the context's tokens.
 
-    A question that needs more than the context's tokens is None: it is never cut.
+    As in lm-evaluation-harness: prompt and choice are encoded together, and the choice is what has no place in the
+    prompt's own ids; white space at a prompt's end belongs to it; and BOS stands before a prompt that is empty.
     """
-    tokenizer, context, begin = reader.tokenizer, reader.context, reader.begin
-    prompts = encode_texts(tokenizer, [question.prompt for question in questions])
-    wholes = iter(
-        encode_texts(tokenizer, [f"{q.prompt}{delimiter}{choice}" for q in questions for choice in q.choices])
-    )
+    tokenizer = reader.tokenizer
+    stems = encode_texts(tokenizer, [question.prompt.rstrip() for question in questions])
+    texts = [f"{question.prompt}{delimiter}{choice}" for question in questions for choice in question.choices]
+    wholes = iter(encode_texts(tokenizer, texts))
     requests: list[list[Request] | None] = []
-    for question, prompt in zip(questions, prompts, strict=True):
-        mine = [[*begin, *next(wholes)] for _ in question.choices]
-        first = len(begin) + len(prompt)
-        cuts = [max(1, min(first, len(whole) - 1)) for whole in mine]
-        fits = all(len(whole) - 1 <= context for whole in mine)
-        found = [Request(whole[:cut], whole[cut:]) for whole, cut in zip(mine, cuts, strict=True)]
+    for question, stem in zip(questions, stems, strict=True):
+        found = [_request(reader, stem, next(wholes)) for _ in question.choices]
+        fits = all(len(each.context) + len(each.continuation) - 1 <= reader.context for each in found)
         requests.append(found if fits else None)
     return requests
+
+
+def _request(reader: Reader, stem: Sequence[int], whole: Sequence[int]) -> Request:
+    """The choice behind the prompt `stem`, from the ids of both together."""
+    context, continuation = stem, whole[len(stem) :]
+    if not continuation:  # a token holds the prompt's end and all of the choice
+        context, continuation = whole[:-1], whole[-1:]
+    return Request([*reader.begin, *context] or [begin_id(reader.tokenizer)], continuation)
 
 
 def answer_by_likelihood(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:
@@ -117,7 +122,8 @@ def _shares(logprobs: Sequence[float]) -> list[float]:
 def answer_freely(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:
     """What the model writes, question by question; None where the context has no room for the answer."""
     scorer, tokenizer, context, begin, _ = reader
-    prompts = [[*begin, *ids] for ids in encode_texts(tokenizer, [question.prompt for question in questions])]
+    texts = encode_texts(tokenizer, [question.prompt for question in questions])
+    prompts = [[*begin, *ids] or [begin_id(tokenizer)] for ids in texts]
     fits = [len(ids) + style.max_tokens <= context for ids in prompts]
     asked = [ids for ids, fitting in zip(prompts, fits, strict=True) if fitting]
     written = iter(write_answers(scorer.model, tokenizer, asked, style))
@@ -186,6 +192,7 @@ def summarise(task: Task, draws: Sequence[Sequence[Outcome]], too_long: int) -> 
         **clustered_estimate(groups).as_keys("accuracy", 4),
         "accuracy_bootstrap95": [round(bootstrapped.low, 4), round(bootstrapped.high, 4)],
         "metric": metric,
+        "version": task.format.version,
         "chance": round(chance_level(questions), 4),
     }
     for name in next(iter(of_items.values()))[0].right:

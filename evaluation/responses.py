@@ -3,6 +3,7 @@
 Intervals are over prompts: responses to one prompt are not independent.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median, quantiles
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from rlhf.functional.length_control import fit_length_control
 
 REPEATED_RUN = 4  # words
 SAMPLES = 500
-LENGTH_BIAS = 0.6  # of the preferences for the longer response: a judge likes length
+UNCLEAR = "no clear difference"
 
 
 class Response(NamedTuple):
@@ -74,7 +75,7 @@ def compare_behaviour(first: Answers, second: Answers) -> dict[str, Any]:
         "score": lambda response: response.score,
         "gold": lambda response: response.gold,
     }
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"prompts": len(both)} if both else {}
     for name, value in values.items():
         sides = [[[value(response) for response in side] for side in pair] for pair in both]
         known = [[[v for v in side if v is not None] for side in pair] for pair in sides]
@@ -109,21 +110,17 @@ def win_rate(first: Answers, second: Answers, seed: int = 0) -> dict[str, Any]:
     A higher score wins, equal ones are half a win; all pairs of responses to a prompt are compared. Length is in
     characters, which models with different tokenizers have in common. `length_controlled_win_rate` is that at equal
     lengths (rlhf.functional.length_control); `longer_preferred` how often the judge prefers the longer of two responses
-    of the same model, or, where there is one to a prompt, of the two models. Every response needs a score; prompts that
-    one of the models has not answered don't count.
+    whatever the models are worth, None where that can't be told. Every response needs a score; prompts that one of the
+    models has not answered don't count.
     """
     answered = [both for both in zip(first, second, strict=True) if all(both)]
     first, second = ([both[side] for both in answered] for side in (0, 1))
     pairs = [pair for number, both in enumerate(zip(first, second, strict=True)) for pair in _pairs(number, *both)]
     between = [pair for pair in pairs if pair.between]
-    alone = [pair for pair in pairs if not pair.between] or between
-    unequal = [pair for pair in alone if pair.longer and pair.win != 0.5]
     rate = share([str(pair.prompt) for pair in between], [pair.win for pair in between])
     controlled = _length_controlled(pairs, len(first), seed)
-    longer: dict[str, Any] = {"longer_preferred": None, "longer_preferred_ci95": None}
-    if unequal:
-        right = [float((pair.longer > 0) == (pair.win > 0.5)) for pair in unequal]
-        longer = dict(share([str(pair.prompt) for pair in unequal], right).as_keys("longer_preferred", 4))
+    longer = _longer_preferred(pairs)
+    unknown = {"longer_preferred": None, "longer_preferred_ci95": None}
     sizes = [fmean(len(response.text) for responses in side for response in responses) for side in (first, second)]
     found = {
         "prompts": len(first),
@@ -131,10 +128,10 @@ def win_rate(first: Answers, second: Answers, seed: int = 0) -> dict[str, Any]:
         "ties": sum(pair.win == 0.5 for pair in between),
         **rate.as_keys("win_rate", 4),
         **controlled.as_keys("length_controlled_win_rate", 4),
-        **longer,
+        **(longer.as_keys("longer_preferred", 4) if longer else unknown),
         "characters": [round(size, 1) for size in sizes],
     }
-    return {**found, "verdict": _verdict(rate, controlled, longer["longer_preferred_ci95"])}
+    return {**found, "verdict": _verdict(rate, controlled, longer)}
 
 
 class _Pair(NamedTuple):
@@ -156,6 +153,31 @@ def _pairs(number: int, first: Sequence[Response], second: Sequence[Response]) -
     return found
 
 
+def _longer_preferred(pairs: Sequence[_Pair]) -> Estimate | None:
+    """How often the longer of two unequal responses wins; None where nothing tells it from the models' quality.
+
+    Of two responses of one model, where there are any. Of the two models', the pairs in which the first has the longer
+    one and those in which the second has it count equally, so that the better one's wins cancel; the interval is
+    square-and-add (Newcombe 1998, method 10).
+    """
+    unequal = [pair for pair in pairs if pair.longer and pair.win != 0.5]
+    alone = [pair for pair in unequal if not pair.between]
+    if alone:
+        return _longer_wins(alone)
+    halves = [[pair for pair in unequal if (pair.longer > 0) == first] for first in (True, False)]
+    if not all(halves):
+        return None
+    one, other = map(_longer_wins, halves)
+    mean = (one.mean + other.mean) / 2
+    down, up = (math.hypot(one.mean - one[end], other.mean - other[end]) / 2 for end in (1, 2))
+    return Estimate(mean, mean - down, mean + up)
+
+
+def _longer_wins(pairs: Sequence[_Pair]) -> Estimate:
+    right = [float((pair.longer > 0) == (pair.win > 0.5)) for pair in pairs]
+    return share([str(pair.prompt) for pair in pairs], right)
+
+
 def _length_controlled(pairs: Sequence[_Pair], prompts: int, seed: int) -> Estimate:
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(prompts, [1 / prompts] * prompts, size=SAMPLES).astype(np.float64)
@@ -169,20 +191,22 @@ def _length_controlled(pairs: Sequence[_Pair], prompts: int, seed: int) -> Estim
     return Estimate(float(fitted.win_rate[0]), float(min(low, least)), float(max(high, most)))
 
 
-def _verdict(rate: Estimate, controlled: Estimate, longer: Sequence[float] | None) -> str:
+def _verdict(rate: Estimate, controlled: Estimate, longer: Estimate | None) -> str:
     """In words."""
     raw, equal = (_direction(found) for found in (rate, controlled))
-    likes = ""
-    if longer and longer[0] > LENGTH_BIAS:
-        likes = "; the judge prefers longer responses"
-    elif longer and longer[1] < 1 - LENGTH_BIAS:
-        likes = "; the judge prefers shorter responses"
+    likes = "longer" if longer and longer.low > 0.5 else "shorter" if longer and longer.high < 0.5 else ""
+    taste = f"; the judge prefers {likes} responses" if likes else ""
     if raw == equal:
-        return f"{raw}{likes}"
-    return f"{raw} as it is, {equal} at equal lengths: length explains the difference{likes}"
+        return f"{raw}{taste}"
+    smaller = abs(controlled.mean - 0.5) < abs(rate.mean - 0.5) or (controlled.mean > 0.5) != (rate.mean > 0.5)
+    if not likes or (raw != UNCLEAR and not smaller):
+        why = "too few responses to tell length from quality"
+    else:
+        why = f"length {'hides' if raw == UNCLEAR else 'explains'} the difference"
+    return f"{raw} as it is, {equal} at equal lengths: {why}{taste}"
 
 
 def _direction(rate: Estimate) -> str:
     if rate.low > 0.5:
         return "preferred"
-    return "not preferred" if rate.high < 0.5 else "no clear difference"
+    return "not preferred" if rate.high < 0.5 else UNCLEAR

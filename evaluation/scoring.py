@@ -12,6 +12,7 @@ Rows are sorted by length, padded on the right and batched by a budget of tokens
 predicted, nowhere else. Legend: B rows, L tokens of a row, P tokens of the shared beginning, N tokens to be predicted.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,13 @@ import torch
 from transformers import PreTrainedModel
 
 from evaluation.branches import Branches, Row, branched_states, read_beginning, why_not
+from rlhf.errors import StageFailed
 from rlhf.likelihood import TokenReader
 
 TOKEN_BUDGET = 8192  # positions of one forward pass, padding included
 PAIRS_BUDGET = 2**23  # of a position and another that it looks at, in one forward pass with masks of our own
 LONGEST_BRANCH = 16  # tokens, behind a shorter context
+BROKEN = "the model's log-probabilities are not numbers: its weights are broken"
 LEAST_SAVED = 64  # tokens: for less, a beginning is not read apart
 
 
@@ -78,6 +81,8 @@ class Scorer:
             index = torch.tensor(places, device=states.device)
             logprobs = self._reader.logprobs(states[index[:, 0], index[:, 1]], targets).double().tolist()
             owners = [owner for each in chosen for owner in each.owners]
+            if any(map(math.isnan, logprobs)):
+                raise StageFailed(BROKEN)
             for owner, value in zip(owners, logprobs, strict=True):
                 found[owner] += value
             answered += len(set(owners))
@@ -102,7 +107,10 @@ class Scorer:
             for row, number in enumerate(batch):
                 context, continuation = requests[number]
                 places = states[row, len(context) - 1 : len(rows[number])]
-                right = self._reader.likeliest(places) == torch.tensor(continuation, device=places.device)
+                likeliest = self._reader.likeliest(places)
+                if bool((likeliest < 0).any()):
+                    raise StageFailed(BROKEN)
+                right = likeliest == torch.tensor(continuation, device=places.device)
                 found[number] = int(right.long().cumprod(0).sum())
         return found
 

@@ -168,6 +168,7 @@ def compare(first: Sequence[Answer], second: Sequence[Answer], metrics: Mapping[
         if items:
             mine, others = ([fmean(side[key]) for key in items] for side in of_item)
             found.setdefault(task, {})[str(shots)] = {
+                "items": len(items),
                 **paired_estimate(mine, others).as_keys("difference", 4),
                 "p_value": round(sign_test([a - b for a, b in zip(mine, others, strict=True)]), 6),
             }
@@ -184,7 +185,8 @@ def compare_texts(first: Measured, second: Measured) -> dict[str, Any]:
     if not any(one.bytes for one, _ in both):
         return {}
     more = [(one.nats - other.nats) / math.log(2) for one, other in both]
-    return dict(ratio_estimate(more, [float(one.bytes) for one, _ in both]).as_keys("bits_per_byte"))
+    more_per_byte = ratio_estimate(more, [float(one.bytes) for one, _ in both])
+    return {"documents": len(both), **more_per_byte.as_keys("bits_per_byte")}
 
 
 def _by_item(answers: Sequence[Answer], metrics: Mapping[str, str]) -> dict[tuple[str, int, int], list[float]]:

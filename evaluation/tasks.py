@@ -6,12 +6,12 @@ A row has `input` and mostly `instruction`, and either `choices` with `answer` (
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from decimal import Decimal
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from rlhf.data import reader
 from rlhf.data.overlap import Probe
@@ -24,6 +24,10 @@ from rlhf.tinyworld import incontext
 from rlhf.tinyworld.words import Draw
 
 FIELD = re.compile(r"\{(\w+)\}")
+NUMBER = re.compile(  # $1,234.50, -3, .5, 1e5; a hyphen behind a word or a number is no sign
+    r"(?:(?<![\w.)\]%])[-−–])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+)
+HYPHENS = str.maketrans("−–", "--")
 Metric = Literal["acc", "acc_norm", "acc_bytes", "acc_calibrated", "exact_match"]
 CONTENT_FREE = ("N/A", "[MASK]", "")  # stands for an item that says nothing (Zhao et al. 2021, section 5)
 
@@ -49,7 +53,9 @@ class TaskFormat(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: int | float | str = Field(1, description="of the task; results of different versions aren't comparable")
+    version: int | FiniteFloat | str = Field(
+        1, description="of the task; results of different versions aren't comparable"
+    )
     description: str = Field("", description="what is asked, for people")
     instruction: str = Field("{instruction}\n\n", description="the beginning; left out for rows without instruction")
     demonstration: str = Field("Input: {input}\nOutput: {answer}\n\n", description="one demonstration")
@@ -61,7 +67,7 @@ class TaskFormat(BaseModel):
         "(acc_bytes) or over its probability where nothing is asked (acc_calibrated); free answers have exact_match",
     )
     max_tokens: int = Field(32, ge=1, description="longest free answer")
-    stop: tuple[str, ...] = Field(("\n",), description="texts that end a free answer")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("\n",), description="texts that end a free answer")
     extract: Literal["all", "first_line", "number", "last_number"] | None = Field(
         None,
         description="what of a free answer counts, and of the target: all of it, its first line, its first or last "
@@ -75,12 +81,6 @@ class TaskFormat(BaseModel):
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _shows_the_answer(self) -> "TaskFormat":
-        if not {"answer", "target", "solution"} & set(FIELD.findall(self.demonstration)):
-            raise ValueError("`demonstration` shows no answer: write {answer} where it stands")
-        return self
 
 
 class Task(Protocol):
@@ -236,31 +236,35 @@ def _filled(template: str, fields: Mapping[str, str]) -> str:
     return FIELD.sub(lambda found: fields[found[1]], template)
 
 
+def numbers_of(text: str) -> list[Decimal]:
+    """The numbers in a text: `$1,234.50` is 1234.5, `18.00` is 18; `3-5` and `3 - 5` are 3 and 5."""
+    return [Decimal(re.sub(r"[,$]", "", found).translate(HYPHENS)) for found in NUMBER.findall(text)]
+
+
 def as_number(text: str) -> Decimal | None:
-    """`$1,234.50` is 1234.5, and 18.00 is 18; None for what is no number."""
-    plain = re.sub(r"[,$\s]", "", text).replace("−", "-").replace("–", "-")
-    try:
-        found = Decimal(plain)
-    except InvalidOperation:
-        return None
-    return found if found.is_finite() else None
+    """The number that a text is; None for what is none."""
+    return numbers_of(text)[0] if NUMBER.fullmatch(text.strip()) else None
 
 
 # Files
 
 
 def file_tasks(folder: Path, faults: Faults, only: str = "") -> list[Task]:
-    """The tasks of a folder, by name; only the one of this name, where the folder isn't called so itself.
+    """The tasks of a folder, by name, or only the one of this name.
 
     Raises DataError for a malformed row or format, where no test file is found, and for a TASK.yaml without one.
     """
     files = sorted([*folder.glob("*.test.jsonl"), *folder.glob("*.test.jsonl.gz")])
-    names = [path.name.split(".test.")[0] for path in files]
-    wanted = [only] if only and only != folder.name else names
+    names = [path.name.removesuffix(".gz").removesuffix(".test.jsonl") for path in files]
+    if "" in names:
+        raise DataError(f"{folder}: {files[names.index('')].name} has no task's name before .test.jsonl")
+    wanted = [only] if only else names
     if not set(wanted) <= set(names):
         raise DataError(f"no folder {folder / only}, and no file {folder / only}.test.jsonl")
     if not files:
         raise DataError(f"{folder}: no file *.test.jsonl")
+    for path in sorted(folder.glob("*.yml")):
+        raise DataError(f"{path}: a task's format is a file .yaml; rename it")
     for path in sorted(folder.glob("*.yaml")):
         if path.stem not in names:
             raise DataError(f"{path}: there is no {path.stem}.test.jsonl beside it")
@@ -300,7 +304,8 @@ def _read_checked(path: Path, style: TaskFormat, faults: Faults) -> tuple[bool, 
     """Whether a task's answers are free, by the first row of this file, and the file's good rows."""
     rows = list(read_rows(path, faults))
     free = bool(rows) and "choices" not in rows[0].value and "target" in rows[0].value
-    found = _checked(rows, faults, _free_fault if free else _choice_fault, _needed(style))
+    check = partial(_free_fault, style) if free else _choice_fault
+    found = _checked(rows, faults, check, _needed(style))
     if not found:
         raise DataError(f"{path}: no good row among {len(rows)}")
     return free, found
@@ -314,18 +319,30 @@ def _file_task(name: str, path: Path, faults: Faults) -> FileTask:
     style = _format(path.with_name(f"{name}.yaml"))
     free, items = _read_checked(path, style, faults)
     train = [path.with_name(f"{name}.train.jsonl"), path.with_name(f"{name}.train.jsonl.gz")]
+    if all(file.exists() for file in train):
+        raise DataError(f"{path.parent}: {name}: both .train.jsonl and .train.jsonl.gz")
     found = [row for file in train if file.exists() for row in read_rows(file, faults)]
     if free and style.extract is None:
         numbers = all(as_number(row.fields["answer"]) is not None for row in items)
         style = style.model_copy(update={"extract": "last_number" if numbers else "all"})
-    if free and style.metric not in (None, "exact_match"):
-        raise DataError(
-            f"{path.with_name(f'{name}.yaml')}: metric {style.metric} needs choices, and the answers are free"
-        )
-    if not free and style.metric == "exact_match":
-        raise DataError(f"{path.with_name(f'{name}.yaml')}: exact_match needs free answers (`target`), not choices")
-    check = _free_fault if free else _choice_fault
+    _check_format(style, free, path.with_name(f"{name}.yaml"))
+    check = partial(_free_fault, style) if free else _choice_fault
     return FileTask(name, _checked(found, faults, check, _needed(style)), items, style, free)
+
+
+def _check_format(style: TaskFormat, free: bool, path: Path) -> None:
+    """Raises DataError for a format that doesn't fit to the task's kind of answers."""
+    if free and style.metric not in (None, "exact_match"):
+        raise DataError(f"{path}: metric {style.metric} needs choices, and the answers are free")
+    if not free and style.metric == "exact_match":
+        raise DataError(f"{path}: exact_match needs free answers (`target`), not choices")
+    answers = {"answer", "target", "solution"} if free else {"answer"}
+    if not answers.intersection(FIELD.findall(style.demonstration)):
+        raise DataError(f"{path}: `demonstration` shows no answer: write {{answer}} where it stands")
+    for name in ("instruction", "item"):
+        told = sorted(answers.intersection(FIELD.findall(getattr(style, name))))
+        if told:
+            raise DataError(f"{path}: `{name}` shows {{{told[0]}}}, which gives the answer away")
 
 
 def _format(path: Path) -> TaskFormat:
@@ -373,14 +390,18 @@ def _common_fault(value: dict[str, Any]) -> str:
     return "" if is_text(value.get("instruction", "")) else "`instruction` must be text"
 
 
-def _free_fault(value: dict[str, Any]) -> str:
+def _free_fault(style: TaskFormat, value: dict[str, Any]) -> str:
     """What is wrong with a row of a task of free answers; empty where nothing is."""
     if "choices" in value:
         return "has `choices`, but the task's first row has a free answer, `target`"
     fault = _common_fault(value)
     if fault:
         return fault
-    return "" if is_text(value.get("target")) and value["target"].strip() else "`target` must be text, and not empty"
+    target: Any = value.get("target")
+    if not is_text(target) or not target.strip():
+        return "`target` must be text, and not empty"
+    without = style.extract in ("number", "last_number") and not numbers_of(target)
+    return f"`target` has no number, and the task's format extracts {style.extract}" if without else ""
 
 
 def _choice_fault(value: dict[str, Any]) -> str:

@@ -245,8 +245,10 @@ def evaluate(
         model_config(directory)
     check_inputs(settings, ("evaluate",), processes=1)
     for option, file in (("--output", output), ("--details", details)):
-        if file and (file.is_dir() or not file.parent.is_dir()):
-            raise MissingInput(f"{option}: {file} is a directory" if file.is_dir() else f"no directory {file.parent}")
+        if file and not file.parent.is_dir():
+            raise MissingInput(f"{option}: no directory {file.parent}")
+        if file and file.exists() and not file.is_file():
+            raise MissingInput(f"{option}: {file} is there and is no plain file")
     from rlhf.runtime import print_anything
     from stages.evaluate import evaluate_directories
 

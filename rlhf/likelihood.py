@@ -15,7 +15,7 @@ from rlhf.functional.masked import widened
 
 LOGITS_AT_ONCE = 2**22  # numbers, 16 MiB as float32: more tokens than that are read in parts; on an accelerator:
 LOGITS_AT_ONCE_THERE = 2**27
-SPLIT_TOLERANCE = 1e-3
+SPLIT_TOLERANCE = 1e-5  # both are the same product of the same states
 
 Hide = Callable[[Tensor, int], Tensor]  # (logits of the tokens from a place on, the place) -> with some at -inf
 
@@ -59,9 +59,10 @@ class TokenReader:
             ]
 
     def likeliest(self, states: Tensor) -> Tensor:
-        """The likeliest token after each of the states [N, ...]; of equal ones the first."""
+        """The likeliest token after each of the states [N, ...]; of equal ones the first; -1 where a logit is NaN."""
         with torch.no_grad():
-            return torch.cat([self._logits(part).argmax(-1) for part in states.split(self._at_once(states))])
+            best = [self._logits(part).max(-1) for part in states.split(self._at_once(states))]
+            return torch.cat([torch.where(found.values.isnan(), -1, found.indices) for found in best])
 
     def read(self, states: Tensor, tokens: Tensor, temperature: float = 1.0, hide: Hide | None = None) -> Likelihood:
         """Likelihood of tokens [N] at the states [N, ...] before them.

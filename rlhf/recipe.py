@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     StrictInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -334,7 +335,12 @@ class PretrainSection(Section):
         "shuffled", description="rows are read in a new random order in each pass, or as they stand"
     )
     isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
-    microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
+    microbatch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows of one forward pass; default: all of a step's, or as many as have about 2 GiB of "
+        "activations, on a GPU a quarter of its memory",
+    )
     gradient_checkpointing: bool = Field(
         False, description="hold less, compute each layer twice", json_schema_extra=_NO_RESULT
     )
@@ -832,6 +838,13 @@ class FewShotSection(Section):
         False,
         description="also acc_calibrated: choices over their probability where nothing is asked (Zhao et al. 2021)",
     )
+
+    @field_validator("shots")
+    @classmethod
+    def _once_each(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(shots)) < len(shots):
+            raise ValueError("one of the numbers is there twice")
+        return shots
 
 
 class MemorisationSection(Section):

@@ -238,8 +238,8 @@ class _Reading:
             for token in tokens
         ]
         self.special = re.compile("|".join(patterns) or "(?!)")  # (?!) is nowhere
-        named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self.control = frozenset(set(added) - ({tokenizer.unk_token_id} - named))  # any text may be unknown
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self.control = frozenset(set(added) - ({tokenizer.unk_token_id} - ends))  # any text may be unknown
         names = [token.content for token in tokens if len(token.content) > 1]
         cuts = [rf"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names]
         self._inside_names = re.compile("|".join(cuts) or "(?!)")

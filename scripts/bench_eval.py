@@ -115,6 +115,11 @@ def measure(kind: str, model_dir: str, data: str, limit: str, shots: str = "0", 
     print(json.dumps({"seconds": time.monotonic() - began, "items": found}))
 
 
+def name_of(model: Path) -> str:
+    """A directory's name; that of the stage for a run's model."""
+    return model.parent.name if model.name == "model" else model.name
+
+
 def names_of(args: argparse.Namespace, shots: int) -> list[str]:
     """The multiple-choice tasks with so many demonstrations."""
     from evaluation.tasks import file_tasks
@@ -142,7 +147,7 @@ def main() -> None:
             whole = [item for item in peer if not item["truncated"]]
             both = [(item, by_place[item["task"], item["index"]]) for item in whole]
             if not both:
-                table.add_row(model.parent.name, str(shots), "0", str(len(peer)), "none fits the context")
+                table.add_row(name_of(model), str(shots), "0", str(len(peer)), "none fits the context")
                 continue
             off = max(
                 abs(a - b) for t, o in both for a, b in zip(t["loglikelihoods"], o["loglikelihoods"], strict=True)
@@ -151,7 +156,7 @@ def main() -> None:
             differ = sum((t[key] == t["answer"]) != o["right"][metric] for t, o in both for key, metric in keys)
             rates = len(mine) / our_seconds, len(peer) / their_seconds
             row = [str(shots), str(len(both)), str(len(peer) - len(whole)), f"{off:.2g} nats", str(differ)]
-            table.add_row(model.parent.name, *row, *(f"{rate:.1f}" for rate in rates), f"{rates[0] / rates[1]:.1f} x")
+            table.add_row(name_of(model), *row, *(f"{rate:.1f}" for rate in rates), f"{rates[0] / rates[1]:.1f} x")
         if args.texts:
             peer, their_seconds = theirs(args, "perplexity", model, args.texts, [])
             mine, our_seconds = ours(args, "perplexity", model, args.texts, [])
@@ -159,7 +164,7 @@ def main() -> None:
             off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
             rates = len(mine) / our_seconds, len(peer) / their_seconds
             row = ["texts", str(len(pairs)), "0", f"{off:.2g} of it", "-"]
-            table.add_row(model.parent.name, *row, *(f"{rate:.1f}" for rate in rates), f"{rates[0] / rates[1]:.1f} x")
+            table.add_row(name_of(model), *row, *(f"{rate:.1f}" for rate in rates), f"{rates[0] / rates[1]:.1f} x")
         Console(width=160).print(table)
 
 

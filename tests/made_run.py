@@ -33,7 +33,8 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def accuracy(model: int, count: int) -> dict[str, Any]:
     value = min(1.0, 0.2 + 0.09 * count + 0.013 * model)
-    return {**ci("accuracy", round(value, 4), 0.05), "chance": 0.2, "metric": "acc", "items": 200, "too_long": 0,
+    return {**ci("accuracy", round(value, 4), 0.05), "chance": 0.2, "metric": "acc", "version": 1, "items": 200,
+            "too_long": 0,
             **({"copy_baseline": 0.0625, "overlap": 0.25, "accuracy_clean": 0.7654} if count else {})}  # fmt: skip
 
 

@@ -103,6 +103,9 @@ def test_a_reward_model_judges_and_needs_no_other_model(finished_chain: Path, he
         (("--judge", "no/such/judge", "--prompts", "prompts.jsonl"), "evaluate.judge: no directory"),
         (("--prompts", "nothing.jsonl"), "nothing.jsonl"),
         (("--training", "nothing.jsonl"), "nothing.jsonl"),
+        (("--output", "nowhere/found.json"), "--output: no directory nowhere"),
+        (("--details", "."), "--details: . is there and is no plain file"),
+        (("--output", "/dev/null"), "--output: /dev/null is there and is no plain file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -110,6 +113,18 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     said = rlhf("evaluate", str(finished_chain / "runs/tiny/sft/model"), *arguments, cwd=here, code=2)
     assert message in said and "Traceback" not in said
+    assert "1 models" not in said  # it is noticed before anything is measured
+
+
+def test_a_context_without_room_for_a_beginning_is_said_to_have_none(finished_chain: Path, here: Path) -> None:
+    sft = finished_chain / "runs/tiny/sft/model"
+    width = json.loads((sft / "config.json").read_text())["max_position_embeddings"]
+    options = ("--training", "train.jsonl", f"evaluate.memorisation.continuation_tokens={width}", "--output", "o.json")
+    said = rlhf("evaluate", str(sft), *options, cwd=here)
+    why = f"the context of {width} tokens has no room for a beginning"
+    assert "has no room" in said or "for a beginning" in said  # a narrow table folds it
+    found = json.loads((here / "o.json").read_text())
+    assert found["models"][str(sft)]["memorisation"] == {"not_available": why}
 
 
 def test_two_processes_give_the_numbers_of_one(finished_chain: Path, tmp_path: Path) -> None:

@@ -13,8 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from evaluation.answers import is_right, write_answers
 from evaluation.fewshot import (
@@ -30,7 +38,7 @@ from evaluation.fewshot import (
 from evaluation.perplexity import DocumentScore, perplexity, rolling_windows, score_documents
 from evaluation.scoring import Request, Scorer, length_batches, shared_beginning
 from evaluation.suite import Answer, Measured, compare, compare_texts
-from evaluation.tasks import FileTask, Question, TaskFormat, TinyworldTask, file_tasks, tinyworld_tasks
+from evaluation.tasks import FileTask, Question, TaskFormat, TinyworldTask, as_number, file_tasks, tinyworld_tasks
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, StageFailed, UserError
 from rlhf.tinyworld.documents import documents
@@ -240,6 +248,16 @@ def test_hopeless_documents_have_a_finite_perplexity_and_none_at_all_is_an_error
         perplexity([DocumentScore(1.0, 2, 2), DocumentScore(math.nan, 2, 2)])
 
 
+def test_a_model_whose_weights_are_broken_is_named(tiny_llama: PreTrainedModel) -> None:
+    broken = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = math.nan
+    scorer, requests = Scorer(broken), [Request([1, 2, 3], [4, 5]), Request([1, 2, 3], [6])]
+    for read in (scorer.logprobs, scorer.matches):
+        with pytest.raises(StageFailed, match="log-probabilities are not numbers: its weights are broken"):
+            read(requests)
+
+
 # What is shared
 
 LOCAL = {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
@@ -402,6 +420,45 @@ def test_without_begin_nothing_stands_before_the_prompt(tokenizer: PreTrainedTok
         assert request.context == [*begin, *tokenizer("ab", add_special_tokens=False)["input_ids"]]
 
 
+def pieces(*words: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of characters in which these words are tokens too; `B` is its BOS, and not put before anything."""
+    signs = sorted({*"abcdefghijklmnopqrstuvwxyz :B", *words})
+    merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+    vocabulary = {sign: number for number, sign in enumerate(dict.fromkeys([*signs, *(a + b for a, b in merges)]))}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, merges)), bos_token="B")
+
+
+def test_white_space_that_ends_a_prompt_is_part_of_the_choice() -> None:
+    """As in lm-evaluation-harness: ` very` is one token, whose first character the prompt has already."""
+    tokenizer = pieces(" very")
+    reader = Reader(plain(uniform(len(tokenizer))), tokenizer, 99, [])
+    for prompt, delimiter in (("it is: ", ""), ("it is:", " "), ("it is: ", " ")):
+        ((request,),) = [r for r in encode_questions(reader, [Question(prompt, ("very ok",), 0, ())], delimiter) if r]
+        assert tokenizer.convert_ids_to_tokens(request.context) == list("it is:")
+        spoken = tokenizer.convert_ids_to_tokens(request.continuation)
+        assert spoken == ([" "] if len(prompt + delimiter) > 7 else []) + [" very", " ", "o", "k"]
+
+
+def test_a_choice_is_what_has_no_place_in_the_prompts_own_ids() -> None:
+    """As in lm-evaluation-harness, where a token spans the end of the prompt and the beginning of the choice."""
+    tokenizer = pieces(": ")
+    reader = Reader(plain(uniform(len(tokenizer))), tokenizer, 99, [])
+    ((request,),) = [r for r in encode_questions(reader, [Question("it is:", ("ok",), 0, ())]) if r]
+    assert tokenizer.convert_ids_to_tokens(request.context) == list("it is:")
+    assert tokenizer.convert_ids_to_tokens(request.continuation) == ["o", "k"]
+
+
+@pytest.mark.parametrize(("prompt", "choice"), [("", "ok"), (" ", "ok"), ("", "o"), ("ve", "ry")])
+def test_where_nothing_stands_before_a_choice_bos_does(prompt: str, choice: str) -> None:
+    """Else its first token, or one that it shares with the prompt, would not be predicted at all."""
+    tokenizer = pieces("very")
+    reader = Reader(plain(uniform(len(tokenizer))), tokenizer, 99, [])
+    ((request,),) = [r for r in encode_questions(reader, [Question(prompt, (choice,), 0, ())], "") if r]
+    assert tokenizer.convert_ids_to_tokens(request.context) == ["B"]
+    assert "".join(tokenizer.convert_ids_to_tokens(request.continuation)) == prompt + choice
+    assert answer_by_likelihood(reader, TaskFormat(delimiter=""), [Question(prompt, (choice, "x"), 0, ())])[0]
+
+
 def test_figures_of_several_draws_by_hand() -> None:
     questions = [Question("", ("a", "b"), 0, ("a",), item=item) for item in range(4)]
     task = FileTask("mood", (), ())
@@ -413,7 +470,7 @@ def test_figures_of_several_draws_by_hand() -> None:
     assert found["accuracy"] == 0.5
     assert (found["draws"], found["spread"]) == ([0.75, 0.25], 0.25)
     assert (found["metric"], found["acc_norm"], found["chance"], found["copy_baseline"]) == ("acc", 1.0, 0.5, 1.0)
-    assert (found["items"], found["too_long"]) == (4, 1)
+    assert (found["items"], found["too_long"], found["version"]) == (4, 1, 1)
     low, high = found["accuracy_bootstrap95"]
     assert 0.0 <= low < 0.5 < high <= 1.0
     other = summarise(FileTask("mood", (), (), TaskFormat(metric="acc_norm")), [outcomes(True, True, True, False)], 0)
@@ -436,12 +493,34 @@ def test_figures_of_several_draws_by_hand() -> None:
         (" -5", "5", {"extract": "number"}, False),
         (" none", "5", {"extract": "number"}, False),
         (" seven\nor so", "seven", {"extract": "first_line"}, True),
+        (" x = -5", "-5", {"extract": "last_number"}, True),
+        (" (−5)", "-5", {"extract": "last_number"}, True),
+        (" about 3-5", "5", {"extract": "last_number"}, True),  # a hyphen and no sign
+        (" 10 - 5", "5", {"extract": "last_number"}, True),
+        (" from 16–18 to 5%-7", "7", {"extract": "last_number"}, True),
+        (" a ten-5", "5", {"extract": "number"}, True),
+        (" 3,4", "4", {"extract": "last_number"}, True),  # two numbers
+        (" 34", "3,4", {"extract": "last_number"}, False),
+        (" $.5 or $-1,000,000", "-1000000", {"extract": "last_number"}, True),
+        (" 18kg", "18.00", {"extract": "number"}, True),
+        (" 1e5", "100000", {"extract": "last_number"}, True),
+        (" 1e99999999999999999999", "99999999999999999999", {"extract": "last_number"}, True),
     ],
 )
 def test_a_free_answer_is_right_after_the_stated_normalisation(
     written: str, target: str, style: dict[str, Any], right: bool
 ) -> None:
     assert is_right(written, target, TaskFormat(**style)) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("-12", -12), (" 1,234.50 ", 1234.5), ("$18", 18), ("−3", -3), (".5", 0.5), ("1e3", 1000)]
+    + [(text, None) for text in ("", "3,4", "1 2", "5%", "1/2", "12 apples", "nan", "inf", "1_000", "--5", "3-5")],
+)
+def test_what_a_number_is(text: str, value: float | None) -> None:
+    found = as_number(text)
+    assert (None if found is None else float(found)) == value
 
 
 def test_free_answers_are_the_likeliest_tokens(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -530,6 +609,10 @@ def test_braces_in_a_row_are_text(tmp_path: Path) -> None:
         ('item: "{question}"', "line 1: no text `question`, which the task's format asks for"),
         ('demonstration: "{input}"', "`demonstration` shows no answer: write {answer} where it stands"),
         ("metric: exact_match", "exact_match needs free answers"),
+        ('item: "{input} is {answer}, is"', "`item` shows {answer}, which gives the answer away"),
+        ('instruction: "It is {answer}. "', "`instruction` shows {answer}, which gives the answer away"),
+        ('stop: [""]', "stop.0: String should have at least 1 character"),
+        ("version: .nan", "version"),
     ],
 )
 def test_a_malformed_format_is_named(folder: Path, text: str, fault: str) -> None:
@@ -540,10 +623,52 @@ def test_a_malformed_format_is_named(folder: Path, text: str, fault: str) -> Non
     assert str(folder / "mood") in str(caught.value)
 
 
-def test_a_format_without_items_is_an_error(folder: Path) -> None:
-    (folder / "moot.yaml").write_text("version: 1")
-    with pytest.raises(DataError, match=r"moot\.yaml: there is no moot\.test\.jsonl beside it"):
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("moot.yaml", r"moot\.yaml: there is no moot\.test\.jsonl beside it"),
+        ("mood.yml", r"mood\.yml: a task's format is a file \.yaml; rename it"),
+        ("mood.test.jsonl.gz", r"mood: both \.test\.jsonl and \.test\.jsonl\.gz"),
+        ("mood.train.jsonl.gz", r"mood: both \.train\.jsonl and \.train\.jsonl\.gz"),
+        (".test.jsonl", r"\.test\.jsonl has no task's name before \.test\.jsonl"),
+    ],
+)
+def test_a_file_that_would_be_passed_over_is_an_error(folder: Path, name: str, fault: str) -> None:
+    (folder / name).write_text("version: 1")
+    with pytest.raises(DataError, match=fault):
         file_tasks(folder, Faults())
+
+
+def test_a_tasks_name_may_have_points_and_be_its_folders(folder: Path) -> None:
+    for name in ("a.b", "a.test.b", folder.name):
+        write_rows(folder / f"{name}.test.jsonl", ROW)
+    assert {task.name for task in file_tasks(folder, Faults())} == {"mood", "a.b", "a.test.b", folder.name}
+    assert [task.name for task in file_tasks(folder, Faults(), folder.name)] == [folder.name]
+
+
+def test_fields_with_the_free_answer_stand_in_demonstrations_alone(folder: Path) -> None:
+    """In a task with choices, `target` and `solution` are fields as others are."""
+    write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": "2", "solution": "1 and 1 are 2"})
+    (folder / "sums.yaml").write_text('item: "{input}: {solution}"')
+    with pytest.raises(DataError, match=r"sums\.yaml: `item` shows \{solution\}, which gives the answer away"):
+        file_tasks(folder, Faults())
+    (folder / "sums.yaml").write_text('demonstration: "{input}: {solution}, {target}\\n"')
+    (folder / "mood.yaml").write_text('item: "{input}, of {target}:"')
+    for part in ("test", "train"):
+        write_rows(folder / f"mood.{part}.jsonl", {**ROW, "target": "the food"})
+    mood, _ = file_tasks(folder, Faults())
+    assert mood.questions(0, 1, 0)[0].prompt.endswith("fine, of the food:")
+    (folder / "mood.yaml").write_text('demonstration: "{input} {target}"')
+    with pytest.raises(DataError, match="`demonstration` shows no answer"):
+        file_tasks(folder, Faults())
+
+
+def test_a_target_without_the_number_that_counts_is_a_fault(folder: Path) -> None:
+    path = write_rows(folder / "sums.test.jsonl", {"input": "1 + 1", "target": "2"}, {"input": "2", "target": "two"})
+    (folder / "sums.yaml").write_text("extract: number")
+    with pytest.raises(DataError) as caught:
+        file_tasks(folder, Faults())
+    assert str(caught.value).startswith(f"{path}, line 2: `target` has no number, and the task's format extracts numb")
 
 
 def test_an_item_without_instruction_begins_with_its_input(tmp_path: Path) -> None:
@@ -730,6 +855,7 @@ def test_models_are_compared_item_by_item() -> None:
     assert found["difference"] == 0.25
     low, high = found["difference_ci95"]
     assert 0.1 <= low < 0.25 < high <= 0.4  # the standard error of 10 in 40 is 0.068
+    assert found["items"] == 40
     assert compare(better, better, {"mood": "acc"})["mood"]["0"]["difference_ci95"] == [0.0, 0.0]
 
 
@@ -742,6 +868,7 @@ def test_models_are_compared_document_by_document() -> None:
         1.0,
         [1.0, 1.0],
     )  # 4 bits more on 4 bytes, each time
+    assert found["documents"] == 3
     assert compare_texts(read(), read()) == {}
 
 
@@ -749,7 +876,7 @@ def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_pa
     model = finished_chain / "runs/tiny/sft/model"
     options = ("--tasks", f"{folder}/mood", "--shots", "0,3", "--output", "found.json", "--details", "answers.jsonl")
     said = rlhf("evaluate", str(model), *options, cwd=tmp_path)
-    assert "few-shot accuracy by number of demonstrations" in said
+    assert "few-shot accuracy by number of demonstrations" in said and "the first" not in said
     found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
     assert list(found) == ["fewshot"]
     assert {shots: figures["items"] for shots, figures in found["fewshot"]["mood"].items()} == {"0": 4, "3": 4}
@@ -760,5 +887,14 @@ def test_any_directory_is_measured_without_a_recipe(finished_chain: Path, tmp_pa
     rlhf("evaluate", str(model), "--texts", f"{folder}/texts.jsonl", "--output", "found.json", cwd=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())["models"][str(model)]
     assert (found["documents"], found["fewshot"]) == (1, {})
+    write_rows(folder / "long.test.jsonl", ROW, {**ROW, "input": "word " * 400})
+    few = "evaluate.fewshot.items=3"
+    said = rlhf("evaluate", str(model), "--tasks", f"{folder}", "--shots", "0,7", few, cwd=tmp_path)
+    assert "the first 3 items (evaluate.fewshot.items) of mood (4)\n" in said
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    rows = {row[0]: row[2:] for row in cells if len(row) == 4 and row[0]}
+    assert rows["long"][0].endswith("*") and rows["mood"] == [rows["mood"][0], "n/a"]
+    assert "n/a at 7, the task has 6 demonstrations, fewer than 7: mood." in said
+    assert "and don't count: 1 of long at 0." in said
     refused = rlhf("evaluate", str(model), "--tasks", f"{folder}/mod", cwd=tmp_path, code=2)
     assert f"no folder {folder}/mod, and no file {folder}/mod.test.jsonl" in refused

@@ -79,6 +79,10 @@ def test_parts_give_what_all_logits_give_and_their_gradient(
 def test_it_knows_where_the_head_stands_apart() -> None:
     assert TokenReader(llama()).apart
     assert not TokenReader(capped()).apart
+    barely = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=V, head_dim=8, final_logit_softcapping=30.0, initializer_range=0.1, **SIZES)
+    )
+    assert not TokenReader(barely).apart  # its logits are bent by 3e-4 here, and by more where they are larger
 
 
 def test_hidden_tokens_have_no_part_in_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Pretraining's parts against naive ones."""
 
 import copy
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from rlhf import runtime
 from rlhf.checkpoint import copy_tree
 from rlhf.data.tokens import PackedTokens, ReplayedTokens, pack
-from rlhf.errors import StageFailed
+from rlhf.errors import RecipeError, StageFailed, UserError
+from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, training_of
 from rlhf.functional.schedules import learning_rate_share
 from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups
-from rlhf.recipe import PretrainSection, SpikesSection
+from rlhf.recipe import PretrainSection, SpikesSection, dump_recipe, parse_recipe
+from rlhf.runtime import uses_bfloat16
 from rlhf.team import Team
 from stages.pretrain import loss as loss_module
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -198,7 +203,7 @@ def test_an_isolated_document_has_the_logits_it_has_alone(architecture: str, sli
 # The loss and its gradient
 
 
-def training_of(model: PreTrainedModel, rows: PackedTokens, microbatch: int, begin: int | None, z: float) -> Training:
+def bare_training(model: PreTrainedModel, rows: PackedTokens, microbatch: int, begin: int | None, z: float) -> Training:
     """A training without the stage around it."""
     training = object.__new__(Training)
     training.model, training.rows, training.microbatch, training.begin = model, rows, microbatch, begin
@@ -217,7 +222,7 @@ def test_a_steps_gradient_is_that_of_the_mean_over_its_tokens(
     found = []
     for size in (1, 3, 4):
         model = make_model("llama").double()
-        loss = training_of(model, packed, size, begin, z).add_gradient(range(8, 12))
+        loss = bare_training(model, packed, size, begin, z).add_gradient(range(8, 12))
         found.append((float(loss), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     naive = make_model("llama").double()
     inputs, targets = packed.batch(range(8, 12))
@@ -243,7 +248,7 @@ def test_gradient_checkpointing_changes_no_gradient(packed: PackedTokens) -> Non
         model = make_model("qwen3").train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        training_of(model, packed, 4, None, 0.0).add_gradient(range(4))
+        bare_training(model, packed, 4, None, 0.0).add_gradient(range(4))
         found.append([p.grad for p in model.parameters()])
     for ours, theirs in zip(*found, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
@@ -387,3 +392,112 @@ def test_a_copied_tree_is_its_own() -> None:
     assert copied["a"][0].tolist() == [1.0, 1.0]
     assert copied["a"][1] == (1, "x")
     assert Team().add([2.0]) == [2.0]
+
+
+# One dial
+
+
+def test_the_shape_and_training_of_a_depth_by_hand() -> None:
+    assert shape_of_depth(12) == (12, 768, 12, 2048)  # GPT-2's shape; 1,536 tokens of context, up to a power of two
+    assert shape_of_depth(3).context == 512
+    inner = inner_parameters(12, 768, 2048, gated=True)
+    assert inner == 12 * (4 * 768**2 + 3 * 768 * 2048)
+    tokens, per_step, rate = training_of(inner, 50304 * 768, 2048)
+    assert tokens == 20 * (inner + 50304 * 768)
+    # the Step Law by logarithms: 0.58 exp(0.571 ln 2.47e9) = 133,000 = 65 rows; 1.79 exp(-0.713 ln 8.49e7 + 0.307 ln D)
+    assert per_step == 64 * 2048
+    assert rate == pytest.approx(1.79 * np.exp(-0.713 * np.log(inner) + 0.307 * np.log(tokens)), rel=0.02)
+
+
+@pytest.mark.parametrize(("architecture", "kv_heads"), [("llama", None), ("qwen3", 1), ("gpt2", None)])
+def test_inner_parameters_are_those_of_the_model(architecture: str, kv_heads: int | None) -> None:
+    config = causal_lm_config(
+        architecture, vocab_size=VOCABULARY, layers=3, width=64, heads=2, kv_heads=kv_heads, mlp_width=160, context=32,
+        rope_theta=1e4, initializer_range=0.02, sliding_window=None, sliding_layers=(), tie_embeddings=True, special={},
+    )  # fmt: skip
+    model = build_causal_lm(config)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables)
+    gated = architecture != "gpt2"
+    assert inner_parameters(3, 64, 160, gated, (kv_heads or 2) / 2) == matrices
+
+
+def test_a_recipe_follows_from_its_depth_where_it_says_nothing_else() -> None:
+    source = [{"builtin": "tinyworld", "rows": 10}]
+    raw: dict[str, Any] = {
+        "name": "dial",
+        "stages": ["tokenizer", "pretrain"],
+        "tokenizer": {"train": source, "vocab_size": 50304},
+        "model": {"depth": 12},
+        "pretrain": {"train": source, "validation": source},
+    }
+    recipe = parse_recipe(raw, "here")
+    assert recipe.pretrain is not None
+    assert (recipe.model.layers, recipe.model.width, recipe.model.heads, recipe.model.context) == (12, 768, 12, 2048)
+    expected = training_of(inner_parameters(12, 768, 2048, True), 50304 * 768, 2048)
+    found = recipe.pretrain
+    assert (found.tokens, found.tokens_per_step, found.learning_rate) == expected
+    assert found.sequence_length == 2048
+    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "here")
+    assert again == recipe
+    raw["model"] |= {"width": 512, "heads": 8, "context": 1024}
+    raw["pretrain"] |= {"learning_rate": 0.5, "tokens": 10**9}
+    mine = parse_recipe(raw, "here")
+    assert mine.pretrain is not None
+    assert (mine.model.layers, mine.model.width, mine.pretrain.learning_rate, mine.pretrain.tokens) == (
+        12,
+        512,
+        0.5,
+        10**9,
+    )
+    assert mine.pretrain.sequence_length == 1024
+    assert mine.pretrain.tokens_per_step == 2 ** round(np.log2(0.58 * 1e9**0.571 / 1024)) * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"depth": 0}}, "greater than or equal to 1"),
+        ({"model": {"depth": "deep"}}, "model.depth"),
+        ({"model": {"layers": 2}}, "pretrain.tokens: missing"),
+        ({"base": "some/model"}, "either `base`, whose tokenizer is kept, or the stage tokenizer"),
+        ({"stages": ["pretrain"]}, "come together, or `base` names the model"),
+        ({"stages": ["pretrain"], "base": "x"}, "with `base` the architecture is the base's"),
+        ({"model": {"depth": 2}, "pretrain.replay": {"share": 0.5}}, "train: missing"),
+        ({"pretrain.ramp": {"from": 100, "tokens": 10}}, "ramp.from 100 must be a multiple"),
+        ({"pretrain.schedule": "wsd", "pretrain.warmup": 0.9}, "more than all tokens"),
+        ({"pretrain.schedule": "wds"}, "did you mean 'wsd'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, Any], words: str) -> None:
+    source = [{"builtin": "tinyworld", "rows": 10}]
+    raw: dict[str, Any] = {
+        "name": "dial",
+        "stages": ["tokenizer", "pretrain"],
+        "tokenizer": {"train": source},
+        "model": {"depth": 2},
+        "pretrain": {"train": source, "validation": source},
+    }
+    for key, value in change.items():
+        section, _, field = key.partition(".")
+        if field:
+            raw[section] = {**raw[section], field: value}
+        else:
+            raw[key] = value
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        parse_recipe(raw, "here")
+
+
+def test_two_validation_sources_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two sources are called builtin:tinyworld"):
+        section(validation=[{"builtin": "tinyworld", "rows": 1}, {"builtin": "tinyworld", "rows": 2}])
+
+
+def test_bfloat16_is_for_hardware_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not uses_bfloat16("auto")  # these tests run without a GPU
+    monkeypatch.setattr(runtime, "_cpu_has_bfloat16", lambda: False)
+    with pytest.raises(UserError, match="no hardware for bfloat16"):
+        uses_bfloat16("bfloat16")
+    monkeypatch.setattr(runtime, "_cpu_has_bfloat16", lambda: True)
+    assert uses_bfloat16("bfloat16")
+    assert not uses_bfloat16("float32")

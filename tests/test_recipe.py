@@ -90,6 +90,7 @@ def test_a_section_that_somebody_wrote_is_not_at_its_default() -> None:
         ("tokenizer.train=[]", ["tokenizer.train", "at least 1"]),
         ("tokenizer.train=[{path: a, hub: b}]", ["exactly one of the keys builtin, path, hub"]),
         ("ppo.learning_rate=.nan", ["ppo.learning_rate", "finite"]),
+        ("evaluate.fewshot.shots=[0, 2, 0]", ["evaluate.fewshot.shots", "one of the numbers is there twice"]),
     ],
 )
 def test_a_wrong_override_is_named_with_what_was_expected(override: str, words: list[str]) -> None:

@@ -123,11 +123,47 @@ def test_what_is_not_available_says_why(html: str) -> None:
     assert any(f"n/a at 16, 8 demonstrations: {TASK}, recall_things." in text for text in shown.texts)
 
 
+def test_questions_that_did_not_fit_are_counted(copied: Path) -> None:
+    file = copied / "evaluate" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["models"]["sft"]["fewshot"]["recall_things"]["8"]["too_long"] = 7
+    write(file, summary)
+    told = "Questions that don't fit the context of sft and don't count: 7 of recall_things at 8."
+    assert any(told in text for text in Shown(report.render(copied, None, "html")).texts)
+
+
+def test_a_model_without_room_for_a_beginning_says_so(copied: Path) -> None:
+    file = copied / "evaluate" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["models"]["base"]["memorisation"] = {"not_available": "the context of 32 tokens has no room"}
+    write(file, summary)
+    shown = Shown(report.render(copied, None, "html"))
+    assert shown.row("training documents")[1:3] == ["–", "0.120 [0.080, 0.160] of 100"]
+    assert "base: n/a, the context of 32 tokens has no room." in shown.texts
+
+
 def test_a_verdict_is_of_the_interval() -> None:
     assert verdict((0.1, 0.2), 1) == verdict((-0.2, -0.1), -1) == "▲ gained"
     assert verdict((0.1, 0.2), -1) == verdict((-0.2, -0.1), 1) == "▼ cost"
     assert verdict((-0.1, 0.2), 1) == verdict((0.0, 0.2), 1) == "≈ unclear"
     assert verdict(None, 1) == "–"
+    assert verdict((0.1, 0.1), 1, 2) == "▲ gained"  # all agree
+    assert verdict((0.1, 0.1), 1, 1) == "–"  # one alone proves nothing
+
+
+def test_a_change_is_that_of_what_both_have_answered(copied: Path) -> None:
+    """The difference of the two means isn't, where one of the models had no room for some prompts."""
+    file = copied / "evaluate" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["changes"]["ppo - sft"] |= {"documents": 9, "prompts": 1, "ended": 0.25, "ended_ci95": [0.25, 0.25]}
+    summary["differences"]["ppo - sft"]["recall_things"]["8"] |= {"items": 1}
+    write(file, summary)
+    shown = Shown(report.render(copied, None, "html"))
+    language, ended = shown.row("bits per byte, sft → ppo"), shown.row("share of responses that end, sft → ppo")
+    assert language[3:] == ["+0.0107 [0.0067, 0.0147]", "▼ cost"]
+    assert ended[3:] == ["+0.250 [0.250, 0.250]", "–"]
+    gained = [row[2] for row in shown.rows if row[0] in (TASK, "recall_things") and len(row) == 3]
+    assert gained[-2:] == ["+0.052 [0.033, 0.072] ▲ gained", "+0.052 [0.033, 0.072]"]
 
 
 def test_energy_is_what_its_assumptions_say() -> None:
@@ -299,6 +335,7 @@ DAMAGES: dict[str, list[bytes]] = {
         b"[]",
         b'{"stage": "evaluate"}',
         b'{"stage": "evaluate", "models": []}',
+        b'{"stage": "evaluate", "models": ' + b"[" * 900 + b"]" * 900 + b"}",
         b"\xff\x00",
     ],
     "ppo/summary.json": [
@@ -373,6 +410,8 @@ def test_two_runs_beside_each_other(made: Path, copied: Path) -> None:
     write(copied / "recipe.yaml", text)
     other = json.loads((copied / "evaluate" / "summary.json").read_text())
     other["models"]["ppo"] |= {"bits_per_byte": 0.6, "bits_per_byte_ci95": [0.55, 0.65]}
+    for model, version in (("base", 1), ("sft", 2)):
+        other["models"][model]["fewshot"]["recall_things"]["8"]["version"] = version
     write(copied / "evaluate" / "summary.json", other)
     shown = Shown(report.render(made, copied, "html"))
     assert shown.row("ppo.kl.coefficient") == ["ppo.kl.coefficient", "0.1", "0.3"]
@@ -380,6 +419,8 @@ def test_two_runs_beside_each_other(made: Path, copied: Path) -> None:
     rows = [row[1:] for row in shown.rows if row[:1] == ["bits per byte"]]
     assert rows[-1] == ["0.4975 [0.4875, 0.5075]", "0.6000 [0.5500, 0.6500]", "+0.1025", "apart"]
     assert rows[0] == ["0.2975 [0.2875, 0.3075]", "0.2975 [0.2875, 0.3075]", "0.0000", "overlap"]
+    told = [row[4] for row in shown.rows if row[0] == "recall_things, 8 demonstrations"]
+    assert told == ["overlap", "other versions of the task", "overlap"]
     found = json.loads(report.render(made, copied, "json"))
     assert found["recipe_differences"] == {"seed": {"a": 1, "b": None}, "ppo.kl.coefficient": {"a": 0.1, "b": 0.3}}
     assert "| ppo.kl.coefficient | 0.1 | 0.3 |" in report.render(made, copied, "md")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.responses import Response, behaviour, compare_behaviour, distinct, repetition, win_rate
-from rlhf.functional.length_control import PHI_SCALE, THETA_SCALE, fit_length_control
+from evaluation.responses import Response, _verdict, behaviour, compare_behaviour, distinct, repetition, win_rate
+from rlhf.functional.intervals import Estimate
+from rlhf.functional.length_control import APART_SCALE, PHI_SCALE, THETA_SCALE, fit_length_control
 
 
 def test_behaviour_by_hand() -> None:
@@ -29,7 +30,7 @@ def test_behaviours_are_compared_prompt_by_prompt() -> None:
 
     found = compare_behaviour([*side(4, 6, 11, gold=None), []], side(1, 3, 8, 5, gold=1.0))
     assert (found["tokens"], found["tokens_ci95"]) == (3.0, [3.0, 3.0])  # the same for every prompt
-    assert (found["ended"], found["score"]) == (0.0, 1.5)
+    assert (found["prompts"], found["ended"], found["score"]) == (3, 0.0, 1.5)
     assert "gold" not in found  # not known of all
 
 
@@ -44,16 +45,29 @@ def test_win_rate_by_hand() -> None:
 
 
 def simulated(
-    quality: float, liking: float, longer: float, prompts: int = 150, noise: float = 1.0, seed: int = 0
+    quality: float,
+    liking: float,
+    longer: float,
+    prompts: int = 150,
+    noise: float = 1.0,
+    seed: int = 0,
+    responses: int = 2,
+    uneven: float = 0.0,
 ) -> tuple[list[list[Response]], list[list[Response]]]:
-    """Two models: the first is better by `quality` and writes `longer` more; 20 characters are worth `liking`."""
+    """Two models: the first is better by `quality` and writes `longer` more; 20 characters are worth `liking`.
+
+    By how much it is better differs from prompt to prompt by a standard deviation of `uneven`.
+    """
     generator = np.random.default_rng(seed)
     sides = []
-    for better, length in ((quality, 60 + longer), (0.0, 60.0)):
+    for better, length in (
+        (quality + uneven * np.random.default_rng([seed, 1]).normal(size=prompts), 60 + longer),
+        (np.zeros(prompts), 60),
+    ):
         side = []
-        for _ in range(prompts):
-            sizes = np.maximum(1, generator.normal(length, 20, 2)).astype(int)
-            scores = better + liking * sizes / 20 + noise * generator.logistic(size=2)
+        for at in better:
+            sizes = np.maximum(1, generator.normal(length, 20, responses)).astype(int)
+            scores = at + liking * sizes / 20 + noise * generator.logistic(size=responses)
             side.append([Response("x" * n, n, True, float(s)) for n, s in zip(sizes, scores, strict=True)])
         sides.append(side)
     return sides[0], sides[1]
@@ -79,9 +93,58 @@ def test_quality_survives_length_control() -> None:
 
 
 def test_what_length_hides_is_found() -> None:
-    found = win_rate(*simulated(2.0, liking=1, longer=-40))
+    found = win_rate(*simulated(2.0, liking=1, longer=-44))
     assert found["win_rate"] < 0.6
     assert found["length_controlled_win_rate_ci95"][0] > 0.7
+    hidden = "no clear difference as it is, preferred at equal lengths: length hides the difference"
+    assert found["verdict"] == f"{hidden}; the judge prefers longer responses"
+
+
+def test_a_liking_for_length_is_told_from_quality_with_one_response_to_a_prompt() -> None:
+    """Where the better model is the longer one, most pairs are won by the longer response, whatever the judge likes."""
+    for longer in (20, -20, 0):
+        fair = win_rate(*simulated(2.0, liking=0, longer=longer, responses=1, prompts=400, seed=1))
+        low, high = fair["longer_preferred_ci95"]
+        assert low < 0.5 < high and fair["verdict"] == "preferred"
+        taken = win_rate(*simulated(2.0, liking=1, longer=longer, responses=1, prompts=400, seed=1))
+        assert taken["longer_preferred_ci95"][0] > 0.5
+        assert taken["verdict"].endswith("the judge prefers longer responses")
+    always = win_rate(*simulated(0, liking=1, longer=300, responses=1))
+    assert always["win_rate"] == 1.0 and always["longer_preferred"] is None  # nobody knows
+
+
+def test_differences_of_length_that_are_all_alike_may_be_all_there_is() -> None:
+    """A judge that counts characters, and a model that always writes ten more."""
+    first, second = ([[Response("x" * n, n, True, float(n))] for _ in range(50)] for n in (30, 20))
+    found = win_rate(first, second)
+    low, high = found["length_controlled_win_rate_ci95"]
+    assert found["win_rate"] == 1.0 and low < 0.5 < high
+    told = "preferred as it is, no clear difference at equal lengths: too few responses to tell length from quality"
+    assert found["verdict"] == told
+
+
+@pytest.mark.parametrize(
+    ("rate", "controlled", "longer", "verdict"),
+    [
+        (0.9, 0.8, 0.9, "preferred; the judge prefers longer responses"),
+        (0.1, 0.2, 0.2, "not preferred; the judge prefers shorter responses"),
+        (0.9, 0.5, 0.9, "length explains the difference; the judge prefers longer responses"),
+        (0.9, 0.1, 0.9, "preferred as it is, not preferred at equal lengths: length explains the difference"),
+        (0.5, 0.1, 0.9, "no clear difference as it is, not preferred at equal lengths: length hides the difference"),
+        (0.9, 0.5, 0.5, "too few responses to tell length from quality"),
+        (0.9, 0.5, None, "too few responses to tell length from quality"),
+        (0.62, 0.65, 0.9, "no clear difference at equal lengths: too few responses to tell length from quality"),
+    ],
+)
+def test_the_verdict_in_words(rate: float, controlled: float, longer: float | None, verdict: str) -> None:
+    """With intervals of 0.1 to both sides; at 0.62 and equal lengths of 0.2."""
+    half = 0.2 if rate == 0.62 else 0.1
+    found = _verdict(
+        Estimate(rate, rate - 0.1, rate + 0.1),
+        Estimate(controlled, controlled - half, controlled + half),
+        Estimate(longer, longer - 0.1, longer + 0.1) if longer is not None else None,
+    )
+    assert verdict in found
 
 
 def test_nothing_can_be_said_where_every_win_may_be_length() -> None:
@@ -101,6 +164,15 @@ def test_the_interval_covers_the_truth() -> None:
     assert covered >= 52  # less than 1 in 1,000 with 95 %
 
 
+def test_models_that_are_better_on_different_prompts_are_not_pushed_apart() -> None:
+    """Their wins hang less on length than those of two responses of one model, whose slope is steeper."""
+    shares = [
+        win_rate(*simulated(0, liking=3, longer=40, uneven=4, prompts=100, seed=seed))["length_controlled_win_rate"]
+        for seed in range(20)
+    ]
+    assert abs(np.mean(shares) - 0.5) < 0.05  # of one such world 0.08; with one slope for all it was 0.09 off
+
+
 def test_the_fit_is_the_optimum_that_torch_finds() -> None:
     generator = np.random.default_rng(1)
     n = 80
@@ -108,19 +180,18 @@ def test_the_fit_is_the_optimum_that_torch_finds() -> None:
     wins = generator.choice([0.0, 0.5, 1.0], n)
     weights = generator.integers(0, 4, (3, n)).astype(float)
     fitted = fit_length_control(wins, longer, between, weights)
-    x, one, won = (
-        torch.tensor(values, dtype=torch.float64) for values in (np.tanh(longer / longer.std()), between, wins)
-    )
+    size = 3 * (longer**2).mean() ** 0.5
+    x, one, won = (torch.tensor(values, dtype=torch.float64) for values in (3 * np.tanh(longer / size), between, wins))
     for row in range(3):
         weight = torch.tensor(weights[row])
 
         def loss(at: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
-            each = torch.nn.functional.binary_cross_entropy_with_logits(
-                at[0] * one + at[1] * x, won, weight, reduction="sum"
-            )
-            return each + (at[0] / THETA_SCALE) ** 2 / 2 + (at[1] / PHI_SCALE) ** 2 / 2
+            logits = torch.where(one == 1, at[0] + at[1] * x, at[2] * x)
+            each = torch.nn.functional.binary_cross_entropy_with_logits(logits, won, weight, reduction="sum")
+            apart = (at[0] / THETA_SCALE, at[2] / PHI_SCALE, (at[1] - at[2]) / APART_SCALE)
+            return each + sum(distance**2 / 2 for distance in apart)
 
-        at = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        at = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS(
             [at], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
         )
@@ -132,6 +203,6 @@ def test_the_fit_is_the_optimum_that_torch_finds() -> None:
             return float(value.detach())
 
         optimiser.step(closure)
-        assert [fitted.theta[row], fitted.phi[row]] == pytest.approx(at.tolist(), abs=1e-6)
+        assert [column[row] for column in fitted[:3]] == pytest.approx(at.tolist(), abs=1e-6)
         curvature = torch.autograd.functional.hessian(loss, at.detach())
         assert fitted.deviation[row] == pytest.approx(float(curvature.inverse()[0, 0]) ** 0.5, rel=1e-6)

@@ -395,6 +395,14 @@ def test_documents_hold_no_eos_either(base: Any) -> None:
     ]
 
 
+def test_a_text_may_be_unknown_where_unknown_is_the_pad_too() -> None:
+    """Many models pad with <unk>; a sign that their vocabulary doesn't have is read as it all the same."""
+    prepared = unigram()
+    prepared.pad_token = "<unk>"
+    for ids in encode_texts(prepared, ["a 你 b", "a <unk> b"]):
+        assert prepared.unk_token_id in ids and prepared.eos_token_id not in ids
+
+
 def test_a_text_that_can_only_be_read_as_a_control_token_is_refused() -> None:
     prepared = unigram()
     prepared.backend_tokenizer.normalizer = normalizers.Lowercase()

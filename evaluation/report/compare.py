@@ -167,7 +167,10 @@ def _model_rows(a: dict[str, Any], b: dict[str, Any]) -> Iterator[list[Cell]]:
     for task in tasks_of(both):
         for count in counts_of(both, task):
             first, second = (group(figures, "fewshot", task, count) for figures in (a, b))
-            yield [text(f"{one_line(task)}, {one_line(count)} demonstrations"), *compared(first, second, ACCURACY)]
+            cells = compared(first, second, ACCURACY)
+            if "version" in first and "version" in second and first["version"] != second["version"]:
+                cells[-1] = text("other versions of the task")
+            yield [text(f"{one_line(task)}, {one_line(count)} demonstrations"), *cells]
     for measure in BEHAVIOUR:
         first, second = group(a, "behaviour"), group(b, "behaviour")
         if number(first, measure.key) is not None or number(second, measure.key) is not None:

@@ -39,9 +39,9 @@ def gains(report: Report) -> Section:
     return Section("gains", "What alignment gained and what it cost", blocks)
 
 
-def verdict(bounds: Interval | None, better: int) -> str:
-    """What an interval of a difference says, in a word and a sign."""
-    if bounds is None or better == 0:
+def verdict(bounds: Interval | None, better: int, compared: float | None = None) -> str:
+    """What an interval of a difference says, in a word and a sign: nothing where a single thing was compared."""
+    if bounds is None or better == 0 or compared == 1:
         return "–"
     low, high = bounds
     if low <= 0 <= high:
@@ -83,12 +83,13 @@ def _changes(models: dict[str, dict[str, Any]], changes: dict[str, Any]) -> Iter
                 continue
             change = group(changes, f"{second} - {first}")
             bounds, places = interval(change, key), 4 if key == "bits_per_byte" else 3
+            paired = number(change, key)  # on what both have answered
             yield [
                 text(f"{name}, {one_line(first)} → {one_line(second)}"),
                 Cell(digits(before, places), in_brackets(interval(sides[0], key), places)),
                 Cell(digits(after, places), in_brackets(interval(sides[1], key), places)),
-                Cell(signed(after - before, places), in_brackets(bounds, places)),
-                text(verdict(bounds, better)),
+                Cell(signed(after - before if paired is None else paired, places), in_brackets(bounds, places)),
+                text(verdict(bounds, better, number(change, "prompts" if place else "documents"))),
             ]
 
 
@@ -108,5 +109,5 @@ def _gain(figures: dict[str, Any]) -> Cell:
     difference, bounds = number(figures, "difference"), interval(figures, "difference")
     if difference is None:
         return Cell("–")
-    told = verdict(bounds, 1)
+    told = verdict(bounds, 1, number(figures, "items"))
     return Cell(signed(difference), f"{in_brackets(bounds)} {told if told[0] in '▲▼' else ''}".strip())

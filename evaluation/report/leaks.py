@@ -98,6 +98,8 @@ def _memorisation(report: Report, models: dict[str, dict[str, Any]]) -> Iterator
     notes = ("The share of documents that a model continues word for word from their beginning; 95 % intervals.",)
     yield Table("Known by heart", ("", *map(one_line, known)), rows, notes)
     for name, found in known.items():
+        if why := words(found, "not_available"):
+            yield Paragraph(f"{one_line(name)}: n/a, {shortened(why, 120)}.", "missing")
         texts = [entry for entry in items(found, "memorised") if isinstance(entry, dict)]
         if texts:
             yield Folded(f"What {one_line(name)} knows by heart", _by_heart(texts), True)

@@ -134,16 +134,16 @@ def _fewshot_table(models: dict[str, dict[str, Any]]) -> Table | None:
     notes = [
         "By number of demonstrations (demo.), with 95 % intervals. Copying: the commonest answer that is shown. "
         "± where demonstrations were drawn several times: the standard deviation over draws.",
-        *_metrics_of(models),
+        *fewshot_notes(models),
     ]
     return Table("Few-shot accuracy", header, rows, notes)
 
 
-def _metrics_of(models: dict[str, dict[str, Any]]) -> list[str]:
-    """Which tasks are counted by which metric, and why some have no accuracy."""
+def fewshot_notes(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Which tasks are counted by which metric, why some have no accuracy, and which were not asked in full."""
     found: dict[str, dict[str, None]] = {}
     for task in tasks_of(models):
-        for figures in models.values():
+        for name, figures in models.items():
             for count in counts_of(models, task):
                 at = group(figures, "fewshot", task, count)
                 if metric := words(at, "metric"):
@@ -151,6 +151,9 @@ def _metrics_of(models: dict[str, dict[str, Any]]) -> list[str]:
                 if why := words(at, "not_available"):
                     told = f"n/a at {one_line(count)}, {shortened(' '.join(why.split()), LONGEST_REASON)}"
                     found.setdefault(told, {})[one_line(task)] = None
+                if left_out := number(at, "too_long"):
+                    told = f"Questions that don't fit the context of {one_line(name)} and don't count"
+                    found.setdefault(told, {})[f"{whole(left_out)} of {one_line(task)} at {one_line(count)}"] = None
     return [f"{told}: {shortened(', '.join(tasks), LONGEST_LIST)}." for told, tasks in list(found.items())[:MOST_NOTES]]
 
 

@@ -79,12 +79,17 @@ def one_line(text: str, most: int = 60) -> str:
     return plain if len(plain) <= most else f"{plain[: most - 1]}…"
 
 
-def finite(value: Any) -> Any:
-    """The same value without numbers that JSON can't hold: they are None."""
+DEEPEST = 40  # lists in lists: no file of a run needs as many
+
+
+def finite(value: Any, depth: int = 0) -> Any:
+    """The same value without numbers that JSON can't hold, and without what lies deeper than any file needs: None."""
+    if isinstance(value, dict | list | tuple) and depth == DEEPEST:
+        return None
     if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [finite(inner, depth + 1) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -23,7 +23,8 @@ from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.job import Job
 from rlhf.model import check_vocabulary, count_parameters, load_causal_lm
-from rlhf.recipe import EvaluateSection, Recipe, upstream
+from rlhf.plugins import load_function
+from rlhf.recipe import EvaluateSection, Recipe, externals, upstream
 from rlhf.rundir import write_atomically, write_json
 from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_everything
 from rlhf.saver import once
@@ -106,6 +107,9 @@ def _evaluate(
     """Everything that the recipe asks for; `keep` may know the findings of a model already."""
     settings = recipe.evaluate
     assert settings is not None
+    for named in externals(recipe, "evaluate"):
+        if named.kind == "python":  # whether it is a function is known before anything is measured
+            load_function(named.key, named.value, Path(recipe.data.root))
     work = _prepare(recipe, settings, team, job)
     log(_announcement(work, settings, len(models)))
     found: dict[str, Findings] = {}
@@ -178,6 +182,10 @@ def _prepare(recipe: Recipe, settings: EvaluateSection, team: Team, job: Job | N
         calibrate=section.calibrate,
         harness=_harness(recipe, settings),
     )
+    cut = [each for each in found if isinstance(each, tasks.FileTask) and len(each.items) > section.items]
+    if cut:
+        named = ", ".join(f"{task.name} ({len(task.items)})" for task in cut)
+        log(f"evaluate: the first {section.items} items (evaluate.fewshot.items) of {named}")
     probes = {task.name: task.probes(section.items, seed) for task in found}
     return _Work(suite, answering.read_test_prompts(recipe), read_training(recipe, probes, team, job))
 
@@ -220,11 +228,14 @@ def _memorisation(
 ) -> dict[str, Any]:
     assert recipe.evaluate is not None and work.training is not None
     settings = recipe.evaluate.memorisation
+    room = context_of(model) - settings.continuation_tokens
+    if room < 1:
+        return {"not_available": f"the context of {context_of(model)} tokens has no room for a beginning"}
     read = partial(
         memorisation.recall,
         Scorer(model),
         tokenizer,
-        prompt_tokens=min(settings.prompt_tokens, context_of(model) - settings.continuation_tokens),
+        prompt_tokens=min(settings.prompt_tokens, room),
         continuation_tokens=settings.continuation_tokens,
     )
     unseen = [text for texts in work.suite.texts.values() for text in texts][: settings.random]
@@ -272,7 +283,8 @@ def _tasks(recipe: Recipe, settings: EvaluateSection) -> list[tasks.Task]:
             continue
         faults = Faults(recipe.data.on_bad_row)
         folder = Path(recipe.data.root) / name
-        found += tasks.file_tasks(folder if folder.is_dir() else folder.parent, faults, folder.name)
+        whole = folder.is_dir()
+        found += tasks.file_tasks(folder if whole else folder.parent, faults, "" if whole else folder.name)
         if faults.counts:
             log(faults.report())
     names = [task.name for task in found]

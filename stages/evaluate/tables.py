@@ -8,7 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from evaluation.harness import harness_table
+from evaluation.report.measured import fewshot_notes
 from rlhf.runtime import visible
+
+FEWSHOT = "few-shot accuracy by number of demonstrations"
 
 
 def show(summary: dict[str, Any], shots: Sequence[int]) -> None:
@@ -27,6 +30,9 @@ def show(summary: dict[str, Any], shots: Sequence[int]) -> None:
     ):
         if table.row_count:
             console.print(table)
+        if table.title == FEWSHOT:
+            for note in fewshot_notes(results):
+                console.print(_said(note))
 
 
 def _documents(results: dict[str, Any]) -> Table:
@@ -39,18 +45,19 @@ def _documents(results: dict[str, Any]) -> Table:
 
 def _fewshot(results: dict[str, Any], shots: Sequence[int]) -> Table:
     """Below each task, chance and what copying the most frequent demonstrated answer gives."""
-    table = Table(title="few-shot accuracy by number of demonstrations", title_justify="left")
+    table = Table(title=FEWSHOT, title_justify="left")
     table.add_column("task")
     table.add_column("model", overflow="fold")
     for count in shots:
         table.add_column(str(count), justify="right")
     tasks = next(iter(results.values()))["fewshot"] if results else {}
-    for task, by_shots in tasks.items():
-        for number, (name, result) in enumerate(results.items()):
-            cells = [_cell(result["fewshot"][task][str(count)], "accuracy") for count in shots]
-            table.add_row("" if number else _said(task), _said(name), *cells)
+    for task in tasks:
+        by_model = {name: [result["fewshot"][task][str(count)] for count in shots] for name, result in results.items()}
+        for number, (name, found) in enumerate(by_model.items()):
+            table.add_row("" if number else _said(task), _said(name), *map(_accuracy, found))
         for label, key in (("(chance)", "chance"), ("(copy)", "copy_baseline")):
-            table.add_row("", label, *(_cell(by_shots[str(count)], key) for count in shots), style="dim")
+            cells = (_first(column, key) for column in zip(*by_model.values(), strict=True))
+            table.add_row("", label, *cells, style="dim")
     return table
 
 
@@ -81,6 +88,8 @@ def _memorisation(results: dict[str, Any]) -> Table:
             cells = [f"{by_copies[key]['verbatim']:.2f}" if key in by_copies else "-" for key in copies]
             control = _share(figures["held_out"], "verbatim") if "held_out" in figures else "-"
             table.add_row(_said(name), _share(figures["training"], "verbatim"), control, *cells)
+        else:
+            table.add_row(_said(name), _said(figures.get("not_available", "all documents are too short")))
     return table
 
 
@@ -134,5 +143,13 @@ def _share(figures: dict[str, Any], key: str, digits: int = 2) -> str:
     return escape(f"{figures[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def _cell(found: dict[str, Any], key: str) -> str:
-    return f"{found[key]:.2f}" if key in found else "-"
+def _accuracy(found: dict[str, Any]) -> str:
+    """With a mark where not all items were asked: the notes below tell."""
+    if "not_available" in found:
+        return "n/a"
+    return f"{found['accuracy']:.2f}{'*' if found['too_long'] else ''}"
+
+
+def _first(found: Sequence[dict[str, Any]], key: str) -> str:
+    """A figure that is the same for all models, of the first that has it."""
+    return next((f"{figures[key]:.2f}" for figures in found if key in figures), "-")

@@ -13,12 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.data.tokens import PackedTokens, PackStats, ReplayedTokens, Rows
 from rlhf.job import Job
 from rlhf.model import (
+    accelerator_bytes,
     build_causal_lm,
     causal_lm_config,
     check_vocabulary,
     count_parameters,
     model_card,
     save_model,
+    tokens_fitting,
 )
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import derive_seed, log, make_accelerator
@@ -28,6 +30,9 @@ from stages.corpus import Corpus, training_corpus
 from stages.pretrain.plan import Plan
 from stages.pretrain.training import Outcome, Training
 from stages.pretrain.validation import QUICK, Measured, Validation
+
+ACTIVATIONS = 2**31  # bytes of a forward pass; on a GPU:
+ACTIVATIONS_SHARE = 1 / 4  # of its memory
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -40,12 +45,13 @@ def run(job: Job) -> dict[str, Any]:
     texts = _texts(job, settings, tokenizer)
     validation = Validation(recipe, settings.validation)
     plan = Plan(settings)
-    size, _ = microbatches(recipe, "pretrain", job.team.size)
+    model.to(accelerator.device)
+    mine, _ = microbatches(recipe, "pretrain", job.team.size)
+    size = settings.microbatch_size or _rows_fitting(model, settings, mine)
     _announce(job, settings, model, plan, size, texts.corpus.stats)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measure = partial(validation.measure, model, tokenizer, context_of(model), job.team)
-    model.to(accelerator.device)
     before = measure() if recipe.base else None
 
     def on_the_way() -> dict[str, Any]:
@@ -123,6 +129,14 @@ def _texts(job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBa
     old: PackedTokens
     old, _ = packed_texts(job, settings.replay.train, tokenizer, settings.sequence_length, seed, "replayed-texts")
     return _Texts(ReplayedTokens(packed, old, settings.replay.share), corpus)
+
+
+def _rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int) -> int:
+    """The rows of a forward pass that memory has room for: the most that divide those of a step on one process."""
+    memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
+    tokens = tokens_fitting(model, memory, checkpointing=settings.gradient_checkpointing)
+    most = max(1, tokens // settings.sequence_length)
+    return max(rows for rows in range(1, min(mine, most) + 1) if mine % rows == 0)
 
 
 def _announce(

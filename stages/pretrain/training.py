@@ -185,7 +185,8 @@ class Training:
                 model_flops_utilisation=round(utilisation, 4),
                 data_wait_seconds=round(self._waited, 4),
             )
-            bar.show(done, work=rows / self.plan.rows, loss=mean, tokens_a_second=speed, flops_utilisation=utilisation)
+            shown = {"loss": mean, "tokens_a_second": speed, "flops_utilisation": utilisation}
+            bar.show(done, work=rows / self.plan.rows, **shown, data_wait=self._waited / seconds)
             self._begin_window()
         if done % s.validate_every == 0 and not last:
             before = time.perf_counter()
