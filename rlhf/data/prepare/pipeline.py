@@ -38,6 +38,7 @@ from rlhf.data.prepare.store import Store
 from rlhf.data.prepare.treatment import Steps
 from rlhf.data.prepare.workers import Workers
 from rlhf.data.sources import DataSet
+from rlhf.errors import DataError
 from rlhf.runtime import Bar
 
 
@@ -103,7 +104,8 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
             gone[dropped[NEAR]["document"]] = True
     if gone.all():
         reasons = ", ".join(sorted({line["why"] for line in removed_lines(store, plan.sources, dropped)}))
-        raise plan.dataset.nothing(f"all {reading['rows']:,} documents were removed ({reasons}): see pretrain.prepare")
+        told = f"all {reading['rows']:,} documents of {', '.join(plan.sources)} were removed ({reasons})"
+        raise DataError("; ".join(filter(None, [told, reading["faults"]])) + ": see pretrain.prepare")
     with _timed(store, "packing"):
         counts = pack_store(
             store, folder, plan.tokenizer, gone, plan.weights, plan.seed, plan.incontext, "corpus: packing"
