@@ -254,7 +254,8 @@ def _in_folder(recipe: Recipe, name: str, read: Callable[[Path, Faults, str], An
     """What `read` finds of FOLDER or FOLDER/TASK; says what it had to skip."""
     folder = Path(recipe.data.root) / name
     faults = Faults(recipe.data.on_bad_row)
-    found = read(folder if folder.is_dir() else folder.parent, faults, folder.name)
+    whole = folder.is_dir()
+    found = read(folder if whole else folder.parent, faults, "" if whole else folder.name)
     if faults.counts:
         log(faults.report())
     return found

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlhf.data.pieces import pieces
 from rlhf.data.prepare.cleaning import STEPS, clean
-from rlhf.data.prepare.duplicates import DROPPED, candidates, dropped_of, equal_texts, near_duplicates
+from rlhf.data.prepare.duplicates import DROPPED, Sketches, candidates, dropped_of, equal_texts, near_duplicates
 from rlhf.data.prepare.filters import RULES, has_no_spaces, is_code, judge
 from rlhf.data.prepare.incontext import Example, InContext, made_before
 from rlhf.data.prepare.personal import KINDS, mask
@@ -368,8 +368,7 @@ def test_planted_copies_are_found_and_distinct_documents_kept(tmp_path: Path, ki
     texts = [text.replace(" ", "") if kind == "chinese" else text for _, text in rows]
     store = stored(tmp_path, texts, SKETCHED)
     equal = equal_texts(store)
-    pairs = candidates(store, equal, 0.05, "pairs")
-    dropped = dropped_of(near_duplicates(store, pairs, Workers(1), 0.05, "comparing"))
+    dropped = near_duplicates(store, equal, 0.05, Workers(1))
     gone = {int(document) for document in (*equal["document"], *dropped["document"])}
     left = Counter(group for place, (group, _) in enumerate(rows) if place not in gone)
     found = sum(left[group] == 1 for group in range(400))
@@ -390,8 +389,7 @@ def test_each_copy_goes_with_one_that_stays_whatever_the_order(tmp_path: Path) -
         random.Random(seed).shuffle(texts)
         store = stored(tmp_path / str(seed), texts, SKETCHED)
         equal = equal_texts(store)
-        alike = near_duplicates(store, candidates(store, equal, 0.05, "pairs"), Workers(1), 0.05, "comparing")
-        dropped = dropped_of(alike)
+        dropped = near_duplicates(store, equal, 0.05, Workers(1))
         assert len(dropped) == 5
         assert {texts[int(row["of"])] for row in dropped} == {original}  # it is like most of them
 
@@ -405,6 +403,31 @@ def test_what_is_dropped_is_like_what_stays_and_nothing_alike_stays(pairs: list[
         assert of not in dropped
         assert frozenset((document, of)) in edges
     assert all(a in dropped or b in dropped for a, b in pairs)
+
+
+def test_a_document_that_others_went_for_stays() -> None:
+    alike = np.array([(1, 0, 0.9), (2, 0, 0.9), (2, 1, 0.9), (3, 2, 0.8)], dtype=DROPPED)
+    assert [int(row["document"]) for row in dropped_of(alike)] == [0, 1, 3]  # 2 is like all others
+    assert [(int(row["document"]), int(row["of"])) for row in dropped_of(alike, np.array([1, 3], dtype=np.uint64))] == [
+        (0, 1),
+        (2, 1),
+    ]
+
+
+def test_thousands_of_copies_of_one_page_make_few_pairs(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    page = [f"w{n}" for n in range(60)]
+    texts = []
+    for number in range(400):
+        words = list(page)
+        words[draw.randrange(60)] = f"x{number}"
+        texts.append(" ".join(words))
+    store = stored(tmp_path, [*texts, *documents_of(20)], SKETCHED)
+    dropped = near_duplicates(store, equal_texts(store), 0.05, Workers(1))
+    assert len(dropped) == 399
+    assert len(set(dropped["of"].tolist())) == 1
+    pairs = [store.array(f"pairs-{number}") for number in range(3)]
+    assert sum(len(found) for found in pairs if found is not None) < 400 * 16
 
 
 def test_equal_texts_leave_the_first_one(tmp_path: Path) -> None:
@@ -422,7 +445,8 @@ def test_candidates_are_the_same_when_sorted_in_portions(tmp_path: Path, monkeyp
         monkeypatch.setattr("rlhf.data.prepare.duplicates.AT_ONCE", at_once)
         store = stored(tmp_path / str(number), texts, SKETCHED)
         equal = equal_texts(store)
-        found.append((equal.tolist(), candidates(store, equal, 0.05, "pairs").tolist()))
+        sketches = Sketches(store, equal["document"])
+        found.append((equal.tolist(), candidates(sketches, 0.05, False, "pairs").tolist()))
     assert found[0] == found[1]
     assert len(found[0][0]) == 20 and len(found[0][1]) >= 20
 
