@@ -23,7 +23,7 @@ import rlhf
 from evaluation.harness import check_include, check_installed
 from rlhf.data.files import source_files
 from rlhf.data.prepare.inputs import task_inputs
-from rlhf.errors import MissingInput, StageFailed, UserError
+from rlhf.errors import Interrupted, MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
 from rlhf.plugins import check_function, function_file
 from rlhf.recipe import (
@@ -337,8 +337,11 @@ def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[
         from stages.corpus import make_corpus, tokenizer_of
 
         run.write_recipe(recipe)
-        with quiet_libraries():
-            corpus = make_corpus(recipe, run, tokenizer_of(recipe, run), fresh=fresh)
+        try:
+            with quiet_libraries():
+                corpus = make_corpus(recipe, run, tokenizer_of(recipe, run), fresh=fresh)
+        except KeyboardInterrupt:
+            raise Interrupted("prepare: interrupted; the same command goes on with what is done") from None
     print(f"the corpus: {corpus.folder}")
 
 

@@ -65,7 +65,7 @@ PIECES = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[\W]+")  # words and w
 
 
 def sentences(files: list[Path]) -> list[str]:
-    """What is between full stops, 4 words at least, each once."""
+    """What is between full stops, of 4 to 60 words, each once."""
     found: dict[str, None] = {}
     for path in files:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -73,7 +73,7 @@ def sentences(files: list[Path]) -> list[str]:
         if ".jsonl" in path.name:
             text = "\n".join(json.loads(line)["text"] for line in text.split("\n") if line)
         for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text):
-            if sum(word.isalnum() for word in PIECES.findall(sentence)) >= 4:
+            if 4 <= sum(word.isalnum() for word in PIECES.findall(sentence)) <= 60:
                 found[" ".join(sentence.split())] = None
     return list(found)
 

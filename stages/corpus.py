@@ -109,6 +109,7 @@ def make_corpus(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase,
     why = "--fresh" if fresh and directory.path.exists() else _stale(directory, inputs, recipe.pretrain.prepare)
     card = read_json(directory.path / CARD)
     if card and not why:
+        finish(directory.path)  # where the process was killed before that
         log(f"corpus: as it was made ({_in_short(card)}); see {directory.path / CARD}")
         return Corpus(directory.path, card)
     aside = None
@@ -169,10 +170,10 @@ def _not_too_long(text: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The digest of a tokenizer's folder, or the name by which it was loaded."""
-    folder = Path(tokenizer.name_or_path)
-    file = folder / "tokenizer.json"
-    return digest_file(file) if file.is_file() else str(folder)
+    """The digest of a tokenizer's file, or the name by which it was loaded; and what it puts around a document."""
+    file = Path(tokenizer.name_or_path) / "tokenizer.json"
+    name = digest_file(file) if file.is_file() else tokenizer.name_or_path
+    return f"{name} {begin_id(tokenizer)} {tokenizer.eos_token_id}"
 
 
 def _stale(directory: StageDir, inputs: dict[str, Any], prepare: PrepareSection | None) -> str:

@@ -30,6 +30,7 @@ from rlhf.recipe import Recipe, dump_recipe, parse_recipe
 from rlhf.rundir import RunDir
 from rlhf.tinyworld.documents import documents
 from stages.corpus import Corpus, corpus_of, make_corpus
+from stages.evaluate.training import _training_texts
 
 from .conftest import ROOT, SHARED_DATA, rlhf
 
@@ -404,6 +405,19 @@ def test_in_context_documents_are_made_of_training_rows_alone(
             ("pretrain",),
             1,
         )
+
+
+def test_evaluation_looks_into_what_was_trained_on(
+    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_lines(tmp_path / "a.jsonl", some_rows(40))
+    recipe = recipe_of(tmp_path, [{"path": "a.jsonl"}], {})
+    tokenizer.save_pretrained(run.stage("tokenizer").model)
+    read = [list(itertools.chain(*(texts for _, texts in _training_texts(recipe, run))))]
+    corpus = make_corpus(recipe, run, tokenizer)
+    read.append(list(itertools.chain(*(texts for _, texts in _training_texts(recipe, run)))))
+    assert read[0] == [row["text"] for row in some_rows(40)]
+    assert read[1] == list(corpus.texts(tokenizer)) and len(read[1]) == 37
 
 
 # Files
