@@ -4,6 +4,7 @@ A row has `input` and mostly `instruction`, and either `choices` with `answer` (
 `target`. The YAML file says how a prompt is written and what counts as right; without one it is as in `TaskFormat`.
 """
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
@@ -275,16 +276,17 @@ def file_tasks(folder: Path, faults: Faults, only: str = "") -> list[Task]:
 
 
 def training_examples(folder: Path, faults: Faults, only: str = "") -> dict[str, list[Example]]:
-    """What a document can be made of, by task, from the training files of a folder (or the one of this name) alone.
+    """What a document can be made of, by task, from the training files alone of a folder, or the one of this name.
 
     Raises DataError for a malformed row or format, and where no training file is found.
     """
-    files = sorted([*folder.glob("*.train.jsonl"), *folder.glob("*.train.jsonl.gz")])
-    wanted = {path.name.split(".train.")[0]: path for path in files}
-    if only and only != folder.name:
-        wanted = {name: path for name, path in wanted.items() if name == only}
+    named = glob.escape(only) or "*"
+    files = sorted([*folder.glob(f"{named}.train.jsonl"), *folder.glob(f"{named}.train.jsonl.gz")])
+    wanted = {path.name.removesuffix(".gz").removesuffix(".train.jsonl"): path for path in files}
     if not wanted:
-        raise DataError(f"{folder}: no file {only if only != folder.name else '*'}.train.jsonl")
+        raise DataError(f"{folder}: no file {only or '*'}.train.jsonl")
+    if len(wanted) < len(files):
+        raise DataError(f"{folder}: a task has both .train.jsonl and .train.jsonl.gz")
     found = {}
     for name, path in wanted.items():
         style = _format(path.with_name(f"{name}.yaml"))

@@ -39,6 +39,7 @@ from rlhf.recipe import (
     externals,
     fields_at_default,
     microbatches,
+    newer_keys,
     result_fields,
     training_sources,
     upstream,
@@ -190,7 +191,7 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
             return State("stale", f"the stage {name} that it stands on is {run.stage(name).presence}")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
     # what an older version didn't know, and is as if nobody had asked for it, is as it was then
-    new = _at_default(recipe, stage) - set(was) if was else set()
+    new = newer_keys(_at_default(recipe, stage), was) if was else set()
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in new]
     if was.get("data.on_bad_row") == "error" and now.get("data.on_bad_row") == "skip" and "data.on_bad_row" in changed:
         changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip

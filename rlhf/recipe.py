@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -1448,3 +1448,16 @@ def fields_at_default(section: BaseModel) -> set[str]:
         elif value == field.default:
             found.add(key)
     return found
+
+
+def newer_keys(keys: set[str], was: Mapping[str, Any]) -> set[str]:
+    """Those of the keys that an older version of a section's `result_fields` didn't know.
+
+    `a.b.c` was known where `a.b` is there: then nothing stood in the place of that section.
+    """
+
+    def known(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[: length + 1]) in was for length in range(len(parts)))
+
+    return {key for key in keys if not known(key)}

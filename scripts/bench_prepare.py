@@ -61,6 +61,8 @@ def parse() -> argparse.Namespace:
 
 # The corpora
 
+PIECES = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[\W]+")  # words and what is between them
+
 
 def sentences(files: list[Path]) -> list[str]:
     """What is between full stops, 4 words at least, each once."""
@@ -71,7 +73,7 @@ def sentences(files: list[Path]) -> list[str]:
         if ".jsonl" in path.name:
             text = "\n".join(json.loads(line)["text"] for line in text.split("\n") if line)
         for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text):
-            if len(sentence.split()) >= 4 or (len(sentence) > 8 and not sentence.isascii()):
+            if sum(word.isalnum() for word in PIECES.findall(sentence)) >= 4:
                 found[" ".join(sentence.split())] = None
     return list(found)
 
@@ -82,13 +84,10 @@ def documents(pool: list[str], draw: random.Random) -> Iterator[str]:
         wanted = min(2000, max(20, int(draw.lognormvariate(5.7, 0.8))))
         parts: list[str] = []
         words = 0
-        while words < wanted:
+        while words < wanted or len(parts) < 4:  # a sentence alone would be there again and again
             parts.append(draw.choice(pool))
             words += len(parts[-1].split()) if parts[-1].isascii() else len(parts[-1])
         yield "".join(part + draw.choice([" ", " ", " ", "\n\n"]) for part in parts).strip()
-
-
-PIECES = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[\W]+")  # words and what is between them
 
 
 def changed(text: str, pool: list[str], draw: random.Random) -> str:

@@ -7,10 +7,11 @@ long as what it was made from stays the same, moved aside where that has changed
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.tasks import file_tasks, tinyworld_tasks, training_examples
@@ -19,21 +20,23 @@ from rlhf.data.prepare.card import unique_names
 from rlhf.data.prepare.cleaning import STEPS
 from rlhf.data.prepare.incontext import InContext
 from rlhf.data.prepare.inputs import corpus_inputs
-from rlhf.data.prepare.packing import DOCUMENTS, TOKENS
+from rlhf.data.prepare.packing import DOCUMENT, DOCUMENTS, TOKENS
 from rlhf.data.prepare.personal import KINDS
 from rlhf.data.prepare.pipeline import Plan, finish, pack_texts, prepare_texts
 from rlhf.data.prepare.sketches import band_rows
 from rlhf.data.prepare.treatment import Steps
 from rlhf.data.reader import MAX_LINE_BYTES, Faults
-from rlhf.data.tokens import PackedTokens, PackStats
+from rlhf.data.tokens import PackedTokens, PackStats, token_dtype
 from rlhf.errors import DataError, UserError
 from rlhf.job import Job
-from rlhf.recipe import PrepareSection, Recipe, fields_at_default
+from rlhf.recipe import PrepareSection, Recipe, fields_at_default, newer_keys
 from rlhf.rundir import RunDir, StageDir, digest_file, read_json, write_json
 from rlhf.runtime import derive_seed, log
+from rlhf.tokenizer import begin_id
 from stages.common import named_model, open_data, report_faults
 
-CARD = "card.json"
+FOLDER, CARD = "corpus", "card.json"
+BATCH = 500  # documents that are decoded at a time
 EVERY_ITEM = 10**9
 
 
@@ -53,6 +56,19 @@ class Corpus(NamedTuple):
         """Its tokens in rows of so many, in an order that depends on the seed."""
         return PackedTokens(self.folder / TOKENS, vocab_size, length, seed)
 
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+        """Its documents as they are read in training, with the tokenizer that it was made for."""
+        kind = token_dtype(len(tokenizer))
+        tokens = np.memmap(self.folder / TOKENS, dtype=kind, mode="r")
+        places = np.memmap(self.folder / DOCUMENTS, dtype=DOCUMENT, mode="r")
+        around = {begin_id(tokenizer), tokenizer.eos_token_id}  # what stands around every document
+        for start in range(0, len(places), BATCH):
+            batch = []
+            for place in places[start : start + BATCH]:
+                ids = tokens[int(place["start"]) : int(place["start"]) + int(place["tokens"])].tolist()
+                batch.append(ids[1:-1] if ids[-1] in around else ids[1:])
+            yield from tokenizer.batch_decode(batch)
+
     def summary(self) -> dict[str, Any]:
         """The card in short, for the summary of pretrain."""
         keys = ("documents", "bytes", "tokens", "bytes_per_token")
@@ -68,6 +84,12 @@ class Corpus(NamedTuple):
         return {**{key: self.card["out"][key] for key in keys}, **found}
 
 
+def corpus_of(run: RunDir) -> Corpus | None:
+    """The corpus of a run; None where there is no complete one."""
+    card = read_json(run.path / FOLDER / CARD)
+    return Corpus(run.path / FOLDER, card) if card else None
+
+
 def training_corpus(job: Job, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """The corpus of a pretrain stage, made by the first process where it is missing."""
     return job.team.from_main(lambda: make_corpus(job.recipe, job.run, tokenizer))
@@ -81,7 +103,7 @@ def tokenizer_of(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
 
 def make_corpus(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, *, fresh: bool = False) -> Corpus:
     """The corpus as the recipe says: the one that is there, or a new one. Raises DataError where the texts are bad."""
-    directory = StageDir(run.path / "corpus")
+    directory = StageDir(run.path / FOLDER)
     inputs = json.loads(json.dumps(corpus_inputs(recipe, _tokenizer_digest(tokenizer))))
     assert recipe.pretrain is not None
     why = "--fresh" if fresh and directory.path.exists() else _stale(directory, inputs, recipe.pretrain.prepare)
@@ -160,7 +182,7 @@ def _stale(directory: StageDir, inputs: dict[str, Any], prepare: PrepareSection 
     was = directory.manifest().get("inputs", {})
     if not was:
         return "it was never really begun"
-    new = {f"prepare.{key}" for key in fields_at_default(prepare)} - set(was) if prepare else set()
+    new = newer_keys({f"prepare.{key}" for key in fields_at_default(prepare)}, was) if prepare else set()
     changed = [key for key in {**was, **inputs} if was.get(key) != inputs.get(key) and key not in new]
     if (was.get("data.on_bad_row"), inputs["data.on_bad_row"]) == ("error", "skip"):
         changed.remove("data.on_bad_row")  # it had no bad row, or hasn't met it yet
@@ -232,7 +254,8 @@ def _in_folder(recipe: Recipe, name: str, read: Callable[[Path, Faults, str], An
     """What `read` finds of FOLDER or FOLDER/TASK; says what it had to skip."""
     folder = Path(recipe.data.root) / name
     faults = Faults(recipe.data.on_bad_row)
-    found = read(folder if folder.is_dir() else folder.parent, faults, folder.name)
+    whole = folder.is_dir()
+    found = read(folder if whole else folder.parent, faults, "" if whole else folder.name)
     if faults.counts:
         log(faults.report())
     return found

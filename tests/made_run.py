@@ -132,6 +132,30 @@ CALIBRATION = {
     "points": [[5 + place % 30, (place * 37 % 100) / 25 - 2] for place in range(200)],
     "responses": 2000,
 }  # fmt: skip
+CORPUS = {
+    "prepared": True, "bad_rows": 0,
+    "in": {"documents": 1000, "bytes": 5_000_000, "tokens_estimated": 1_250_000},
+    "out": {"documents": 1250, "bytes": 4_500_000, "tokens": 1_125_000, "bytes_per_token": 4.0},
+    "sources": {
+        "<img src=x onerror=window.hacked=1>": {
+            "weight": 1.0, "in": {"documents": 700, "bytes": 3_000_000, "tokens_estimated": 750_000},
+            "out": {"documents": 650, "bytes": 2_700_000, "tokens": 675_000, "bytes_per_token": 4.0},
+            "removed": {"hashes": 10, "near_duplicates": 40},
+        },
+        "books": {
+            "weight": 2.0, "in": {"documents": 300, "bytes": 2_000_000, "tokens_estimated": 500_000},
+            "out": {"documents": 600, "bytes": 1_800_000, "tokens": 450_000, "bytes_per_token": 4.0}, "removed": {},
+        },
+    },
+    "removed": {
+        "hashes": {"documents": 10, "bytes": 40_000, "tokens_estimated": 10_000,
+                   "examples": [{"text": f"### {ATTACK}", "value": 0.25}]},
+        "near_duplicates": {"documents": 40, "bytes": 260_000, "tokens_estimated": 65_000,
+                            "examples": [{"text": "one copy", "of": f"another {ATTACK}", "value": 0.75}]},
+    },
+    "cleaned": {"unicode": 17}, "masked": {"email": 3}, "masked_documents": {"email": 2},
+    "settings": {"prepare.filters.hashes": 0.1}, "seconds": {"reading": 40.0, "packing": 25.5}, "files": ["a.jsonl"],
+}  # fmt: skip
 RECIPE = """\
 name: made
 description: {description}
@@ -173,6 +197,7 @@ def make_run(
             },
         )  # fmt: skip
     _metrics(folder)
+    write(folder / "corpus" / "card.json", CORPUS)
     write(folder / "reward" / "calibration.json", CALIBRATION)
     write_lines(folder / "evaluate" / "responses.jsonl", [_answer(number) for number in range(3)])
     return folder

@@ -142,7 +142,7 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fills the buffer as far as one step of decompression goes. 4 bytes may stand for 128 KiB: steps are short."""
         while not self._waiting:
-            data = self._frame.unused_data or self._file.read(2**10)
+            data = self._frame.unused_data or self._file.read(2**8)
             if self._frame.eof:
                 self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
             if not data and self._begun:

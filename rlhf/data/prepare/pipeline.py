@@ -30,7 +30,7 @@ from rlhf.data.prepare.card import (
     removed_lines,
     write_lines,
 )
-from rlhf.data.prepare.duplicates import DROPPED, candidates, dropped_of, equal_texts, near_duplicates
+from rlhf.data.prepare.duplicates import DROPPED, equal_texts, near_duplicates
 from rlhf.data.prepare.incontext import InContext
 from rlhf.data.prepare.packing import Document, Packer, pack_store
 from rlhf.data.prepare.reading import read_all
@@ -38,6 +38,7 @@ from rlhf.data.prepare.store import Store
 from rlhf.data.prepare.treatment import Steps
 from rlhf.data.prepare.workers import Workers
 from rlhf.data.sources import DataSet
+from rlhf.errors import DataError
 from rlhf.runtime import Bar
 
 
@@ -99,11 +100,13 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
             gone[dropped[EQUAL]["document"]] = True
         if plan.changed is not None:
             with _timed(store, "near duplicates"):
-                dropped[NEAR] = _near(store, dropped.get(EQUAL, np.zeros(0, DROPPED)), plan.changed, workers)
+                equal = dropped.get(EQUAL, np.zeros(0, DROPPED))
+                dropped[NEAR] = near_duplicates(store, equal, plan.changed, workers)
             gone[dropped[NEAR]["document"]] = True
     if gone.all():
         reasons = ", ".join(sorted({line["why"] for line in removed_lines(store, plan.sources, dropped)}))
-        raise plan.dataset.nothing(f"all {reading['rows']:,} documents were removed ({reasons}): see pretrain.prepare")
+        told = f"all {reading['rows']:,} documents of {', '.join(plan.sources)} were removed ({reasons})"
+        raise DataError("; ".join(filter(None, [told, reading["faults"]])) + ": see pretrain.prepare")
     with _timed(store, "packing"):
         counts = pack_store(
             store, folder, plan.tokenizer, gone, plan.weights, plan.seed, plan.incontext, "corpus: packing"
@@ -116,11 +119,6 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
         found["incontext"] = {"tasks": plan.incontext[0].tasks, "shots_left_out": plan.incontext[0].left_out}
     found |= {"files": [path for path, _ in store.files()], "seconds": store.facts("seconds")}
     return {**found, "processes": plan.processes}
-
-
-def _near(store: Store, equal: np.ndarray, changed: float, workers: Workers) -> np.ndarray:
-    pairs = candidates(store, equal, changed, "corpus: pairs")
-    return dropped_of(near_duplicates(store, pairs, workers, changed, "corpus: comparing"))
 
 
 @contextmanager
