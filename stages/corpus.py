@@ -189,7 +189,7 @@ def _stale(directory: StageDir, inputs: dict[str, Any], prepare: PrepareSection 
         changed.remove("data.on_bad_row")  # it had no bad row, or hasn't met it yet
     if changed:
         return "; ".join(f"{key} has changed" for key in changed[:3])
-    for name, (size, time, digest) in read_json(directory.manifest_file).get("files", {}).items():  # type: ignore[union-attr]
+    for name, (size, time, digest) in (read_json(directory.manifest_file) or {}).get("files", {}).items():
         path = directory.path / name
         if not path.is_file():
             return f"its {name} is gone"

@@ -236,6 +236,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     assert both[0] == both[1]
 
 
+def test_what_other_versions_have_begun_begins_again(
+    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase, small_parts: None, capsys: Any
+) -> None:
+    write_lines(tmp_path / "a.jsonl", some_rows())
+    recipe = recipe_of(tmp_path, [{"path": "a.jsonl"}], {})
+    assert killed_at(5, lambda: make_corpus(recipe, run, tokenizer))
+    versions = run.path / "corpus" / "work" / "versions.json"
+    versions.write_text(versions.read_text().replace('"rensa": "', '"rensa": "9.'))
+    assert make_corpus(recipe, run, tokenizer).card["in"]["documents"] == 120
+    assert "begins again" in capsys.readouterr().out
+
+
 BY_ITSELF = """import sys
 from pathlib import Path
 from rlhf.data.prepare import reading

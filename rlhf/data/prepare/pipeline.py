@@ -8,16 +8,19 @@ corpus/
   work/                       rlhf.data.prepare.store; gone when the corpus is complete
 """
 
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+import rlhf
 from rlhf.data.prepare.card import (
     DECONTAMINATED,
     EQUAL,
@@ -39,7 +42,7 @@ from rlhf.data.prepare.treatment import Steps
 from rlhf.data.prepare.workers import Workers
 from rlhf.data.sources import DataSet
 from rlhf.errors import DataError
-from rlhf.runtime import Bar
+from rlhf.runtime import Bar, log
 
 
 class Plan(NamedTuple):
@@ -86,7 +89,7 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
 
     Raises DataError for a bad row that stops the reading, and where nothing is left.
     """
-    store = Store(folder / "work")
+    store = _opened(folder / "work")
     with Workers(plan.processes, plan.steps) as workers:
         with _timed(store, "reading"):
             reading = read_all(store, plan.dataset, workers, "corpus: reading")
@@ -119,6 +122,19 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
         found["incontext"] = {"tasks": plan.incontext[0].tasks, "shots_left_out": plan.incontext[0].left_out}
     found |= {"files": [path for path, _ in store.files()], "seconds": store.facts("seconds")}
     return {**found, "processes": plan.processes}
+
+
+def _opened(folder: Path) -> Store:
+    """The store of an interrupted run, or an empty one; what other versions have left in it can't be gone on with."""
+    versions = {name: version(name) for name in ("ftfy", "numpy", "rensa")}
+    versions |= {"python": platform.python_version(), "rlhf": rlhf.__version__}
+    store = Store(folder)
+    if store.parts and store.facts("versions") != versions:
+        log("corpus: what was done before it was interrupted was done by other versions, so it begins again")
+        shutil.rmtree(folder)
+        store = Store(folder)
+    store.keep_facts("versions", versions)
+    return store
 
 
 @contextmanager
