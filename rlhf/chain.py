@@ -44,7 +44,17 @@ from rlhf.recipe import (
     training_sources,
     upstream,
 )
-from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, digest_tree, files_in, model_config, write_json
+from rlhf.rundir import (
+    RunDir,
+    StageDir,
+    digest_file,
+    digest_folder,
+    digest_tree,
+    files_in,
+    model_config,
+    no_room,
+    write_json,
+)
 from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
 from rlhf.trackers import check_trackers
@@ -334,6 +344,7 @@ def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[
     run.create()
     with run.lock():
         from rlhf.runtime import quiet_libraries
+        from rlhf.worker import disk_full
         from stages.corpus import make_corpus, tokenizer_of
 
         run.write_recipe(recipe)
@@ -342,6 +353,10 @@ def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[
                 corpus = make_corpus(recipe, run, tokenizer_of(recipe, run), fresh=fresh)
         except KeyboardInterrupt:
             raise Interrupted("prepare: interrupted; the same command goes on with what is done") from None
+        except OSError as error:
+            if disk_full(error):
+                raise StageFailed(no_room(run.path / "corpus")) from None
+            raise
     print(f"the corpus: {corpus.folder}")
 
 

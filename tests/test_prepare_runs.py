@@ -29,6 +29,7 @@ from rlhf.errors import DataError, MissingInput
 from rlhf.recipe import Recipe, dump_recipe, parse_recipe
 from rlhf.rundir import RunDir
 from rlhf.tinyworld.documents import documents
+from rlhf.worker import disk_full
 from stages.corpus import Corpus, corpus_of, make_corpus
 from stages.evaluate.training import _training_texts
 
@@ -246,6 +247,11 @@ def test_what_other_versions_have_begun_begins_again(
     versions.write_text(versions.read_text().replace('"rensa": "', '"rensa": "9.'))
     assert make_corpus(recipe, run, tokenizer).card["in"]["documents"] == 120
     assert "begins again" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_known_as_numpy_says_it() -> None:
+    assert disk_full(OSError("162272 requested and 18400 written"))
+    assert not disk_full(OSError("2 requested"))
 
 
 BY_ITSELF = """import sys
