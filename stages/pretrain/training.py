@@ -240,4 +240,4 @@ def _optimizers(model: PreTrainedModel, settings: PretrainSection) -> list[torch
     if settings.optimizer == "muon":
         return muon_with_adamw(model, settings.learning_rate, settings.weight_decay, BETAS, EPSILON)
     groups = decay_groups(model, settings.weight_decay)
-    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, eps=EPSILON)]
+    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, eps=EPSILON, fused=True)]
