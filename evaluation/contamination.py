@@ -2,7 +2,8 @@
 
 As in Brown et al. 2020 (arXiv:2005.14165, appendix C) an item overlaps where a run of 13 of its words, or all of them
 where it has fewer, stands in a training document. Here an item needs 5 words to be looked for, and runs that more than
-two items of a task share are the task's own wording and count for none.
+two items of a task share are the task's own wording and count for none. The words are those of what is asked; where
+these don't tell items apart (`Which sentence is right?`), those of the choices behind it, or of an answer of 8 words.
 
 Words are compared in lower case, without punctuation, so layout doesn't hide a copy.
 """
@@ -18,7 +19,7 @@ from evaluation.words import ngrams, words_of
 from rlhf.functional.intervals import proportion_estimate
 
 LONGEST_RUN = 13
-SHORTEST_RUN = 5
+SHORTEST_RUN, SHORTEST_ANSWER = 5, 8
 OWN_WORDING = 2  # items that may share a run
 CONTAMINATED = 0.02  # of the items, and at least two: a task is named
 FACTOR = np.uint64(6364136223846793005)  # of the rolling hash (Knuth's, for 64 bits)
@@ -30,7 +31,7 @@ Run = tuple[str, ...]
 class Item(NamedTuple):
     """What is looked for of one item."""
 
-    runs: tuple[Run, ...]  # of what is asked
+    runs: tuple[Run, ...]  # any of which tells it
     answered: Run | None  # the run that ends with the right answer; None where the item has too few words
 
 
@@ -108,18 +109,32 @@ class OverlapSearch:
 
 def _items(probes: Sequence[Probe]) -> list[Item]:
     asked = [words_of(probe.text) for probe in probes]
-    runs = [
-        set(ngrams(words, min(LONGEST_RUN, len(words)))) if len(words) >= SHORTEST_RUN else set() for words in asked
+    answers = [words_of(probe.answer) for probe in probes]
+    own = _telling([_runs(words) for words in asked])
+    behind = [
+        _runs(words + words_of(" ".join(probe.choices)))
+        | _runs(words + answer)
+        | (_runs(answer) if len(answer) >= SHORTEST_ANSWER else set())
+        if not told
+        else set()
+        for probe, words, answer, told in zip(probes, asked, answers, own, strict=True)
     ]
-    shared = Counter(run for own in runs for run in own)
     found = []
-    for probe, words, own in zip(probes, asked, runs, strict=True):
-        answer = words_of(probe.answer)
-        whole = [*words, *answer]
-        last = tuple(whole[-max(LONGEST_RUN, len(answer) + 1) :])
-        kept = tuple(sorted(run for run in own if shared[run] <= OWN_WORDING))
+    for words, answer, told, more in zip(asked, answers, own, _telling(behind), strict=True):
+        kept = tuple(sorted(told or more))
+        last = tuple([*words, *answer][-max(LONGEST_RUN, len(answer) + 1) :])
         found.append(Item(kept, last if kept and answer else None))
     return found
+
+
+def _runs(words: Sequence[str]) -> set[Run]:
+    return set(ngrams(words, min(LONGEST_RUN, len(words)))) if len(words) >= SHORTEST_RUN else set()
+
+
+def _telling(runs: Sequence[set[Run]]) -> list[set[Run]]:
+    """Of each item the runs that are not the task's own wording."""
+    shared = Counter(run for own in runs for run in own)
+    return [{run for run in own if shared[run] <= OWN_WORDING} for own in runs]
 
 
 def _all_runs(item: Item) -> list[Run]:
