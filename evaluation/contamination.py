@@ -18,7 +18,7 @@ AT_ONCE = 2**20  # words
 class Item(NamedTuple):
     """What is looked for of one item."""
 
-    runs: tuple[Run, ...]  # of what is asked
+    runs: tuple[Run, ...]  # any of which tells it
     answered: Run | None  # the run that ends with the right answer; None where the item has too few words
 
 

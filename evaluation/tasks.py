@@ -143,7 +143,7 @@ class TinyworldTask(NamedTuple):
     def probes(self, n: int, seed: int) -> list[Probe]:
         """See Task: an item and all its demonstrations together. Each alone is a fact that training may teach."""
         questions = self.questions(self.most_shots, n, seed)
-        return [Probe(question.prompt, question.choices[question.answer]) for question in questions]
+        return [Probe(each.prompt, each.choices[each.answer], each.choices) for each in questions]
 
 
 @lru_cache(maxsize=64)  # they take a while to make, and every model is asked the same
@@ -224,7 +224,10 @@ class FileTask(NamedTuple):
     def probes(self, n: int, seed: int) -> list[Probe]:
         """See Task: the fields of the row that the format asks about."""
         asked = [field for field in dict.fromkeys(FIELD.findall(self.format.item)) if field != "instruction"]
-        return [Probe("\n".join(row.fields[field] for field in asked), row.fields["answer"]) for row in self.items[:n]]
+        return [
+            Probe("\n".join(row.fields[field] for field in asked), row.fields["answer"], row.choices)
+            for row in self.items[:n]
+        ]
 
 
 def _check_shots(task: Task, shots: int) -> None:

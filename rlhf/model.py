@@ -337,6 +337,18 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise UserError(f"{directory}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,} embeddings")
 
 
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, directory: str | Path) -> None:
+    """Raises UserError where what is said of a token depends on those behind it, as a masked LM's logits do."""
+    one, other = (
+        model(input_ids=torch.tensor([[1, 2, 3, last]], device=model.device), use_cache=False).logits[0, :3].float()
+        for last in (0, 4)
+    )
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise UserError(f"{directory} reads what stands behind a token as well, so it is no causal LM")
+
+
 def accelerator_bytes(device: torch.device, share: float) -> int:
     """A share of a GPU's memory; 0 for any other device."""
     return int(torch.cuda.get_device_properties(device).total_memory * share) if device.type == "cuda" else 0

@@ -107,6 +107,8 @@ def model_config(directory: Path, key: str = "") -> dict[str, Any]:
     stage = StageDir(directory.absolute().parent)
     if directory.name == "model" and stage.manifest() and stage.summary() is None:
         raise MissingInput(f"{said}{directory} is not there yet: the stage {stage.name} is not complete")
+    if (directory / "config.json").is_file():
+        raise MissingInput(f"{said}{directory / 'config.json'} can't be read: it holds no JSON object")
     raise MissingInput(f"{said}{directory} holds no config.json, so it is no Hugging Face model directory")
 
 

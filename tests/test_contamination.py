@@ -56,6 +56,24 @@ def test_the_tasks_own_wording_counts_for_none() -> None:
     assert search(probes, [f"Once {wording} {long_text('b', 6)}."])["overlap"] == 0.125
 
 
+def test_where_all_items_ask_the_same_the_choices_tell_them_apart() -> None:
+    def choice(key: str, words: int = 6) -> str:
+        return long_text(f"{key}x", words)
+
+    asked = "Which sentence has the correct adjective order:"
+    probes = [Probe(asked, choice(key), (choice(f"{key}{key}"), choice(key))) for key in LETTERS[:20]]
+    assert search(probes, [asked, f"The {choice('a')}. The {choice('bb')}."])["overlap"] == 0.0
+    answered = f"Question: {asked} -- {choice('a')}!"
+    listed = f"{asked} {choice('bb')} / {choice('b')}"
+    found = search(probes, [answered, listed])
+    assert (found["overlap"], found["too_short"], found["overlap_with_answer"]) == (0.1, 0, 1)
+    long = [Probe(asked, choice(key, 8), (choice(key, 8), choice(key + key, 8))) for key in LETTERS[:20]]
+    assert search(long, [choice("a", 8)])["overlap"] == 0.05  # an answer of eight words alone
+    assert search(long, [choice("a", 7)])["overlap"] == 0.0
+    alike = [Probe(asked, "yes", ("yes", "no")) for _ in range(20)]
+    assert search(alike, [f"{asked} yes no"])["too_short"] == 20  # nothing tells them apart
+
+
 def test_one_item_alone_does_not_name_a_task() -> None:
     probes = [Probe(long_text(key), "yes") for key in LETTERS]
     assert search(probes, [long_text("a")])["contaminated"] is False

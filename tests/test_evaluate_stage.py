@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from evaluation.perplexity import DocumentScore
 from evaluation.responses import Response, win_rate
@@ -114,6 +116,19 @@ def test_what_cannot_be_measured_is_refused(
     said = rlhf("evaluate", str(finished_chain / "runs/tiny/sft/model"), *arguments, cwd=here, code=2)
     assert message in said and "Traceback" not in said
     assert "1 models" not in said  # it is noticed before anything is measured
+
+
+def test_what_is_no_causal_lm_is_refused(finished_chain: Path, here: Path) -> None:
+    """A masked LM can be loaded as one, and would see the answer."""
+    masked = here / "bert"
+    shutil.copytree(finished_chain / "runs/tiny/sft/model", masked)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=700, **sizes)).save_pretrained(masked)
+    told = f"{masked} reads what stands behind a token as well, so it is no causal LM"
+    assert told in rlhf("evaluate", str(masked), "--tasks", "film", cwd=here, code=2)
+    (masked / "config.json").write_text("{")
+    assert "config.json can't be read" in rlhf("evaluate", str(masked), "--tasks", "film", cwd=here, code=2)
 
 
 def test_a_context_without_room_for_a_beginning_is_said_to_have_none(finished_chain: Path, here: Path) -> None:

@@ -2,7 +2,9 @@
 
 As in Brown et al. 2020 (arXiv:2005.14165, appendix C) an item is looked for by its runs of 13 words, or by all of its
 words where it has fewer. Here an item needs 5 words to be looked for, and runs that more than two items of a task share
-are the task's own wording and count for none. Words are compared in lower case, without punctuation.
+are the task's own wording and count for none. The words are those of what is asked; where these don't tell items apart
+(`Which sentence is right?`), those of the choices behind it, or of an answer of 8 words. Words are compared in lower
+case, without punctuation.
 """
 
 from collections import Counter
@@ -14,7 +16,7 @@ import numpy as np
 from rlhf.data.words import ngrams, words_of
 
 LONGEST_RUN = 13
-SHORTEST_RUN = 5
+SHORTEST_RUN, SHORTEST_ANSWER = 5, 8
 OWN_WORDING = 2  # items that may share a run
 FACTOR = np.uint64(6364136223846793005)  # of the rolling hash (Knuth's, for 64 bits)
 MARK_BITS = np.uint64(22)  # of a hash that say at a glance whether it may be one that is looked for
@@ -27,17 +29,38 @@ class Probe(NamedTuple):
 
     text: str  # what is asked, without instruction and demonstrations where these aren't the item's own
     answer: str
+    choices: tuple[str, ...] = ()
 
 
 def item_runs(probes: Sequence[Probe], longest: int = LONGEST_RUN) -> list[tuple[Run, ...]]:
     """The runs by which each item of a task is looked for, sorted; none where it can't be told from the others."""
     asked = [words_of(probe.text) for probe in probes]
-    runs = [
-        set(ngrams(words, min(longest, len(words)))) if len(words) >= min(SHORTEST_RUN, longest) else set()
-        for words in asked
-    ]
+    own = _telling([_runs(words, longest) for words in asked])
+    behind = _telling(
+        [
+            set() if told else _runs_behind(probe, words, longest)
+            for probe, words, told in zip(probes, asked, own, strict=True)
+        ]
+    )
+    return [tuple(sorted(told or more)) for told, more in zip(own, behind, strict=True)]
+
+
+def _runs_behind(probe: Probe, asked: list[str], longest: int) -> set[Run]:
+    """The runs of what is asked with its choices or its answer, and of a long answer alone."""
+    answer = words_of(probe.answer)
+    alone = _runs(answer, longest) if len(answer) >= SHORTEST_ANSWER else set()
+    choices = words_of(" ".join(probe.choices))
+    return _runs(asked + choices, longest) | _runs(asked + answer, longest) | alone
+
+
+def _runs(words: list[str], longest: int) -> set[Run]:
+    return set(ngrams(words, min(longest, len(words)))) if len(words) >= min(SHORTEST_RUN, longest) else set()
+
+
+def _telling(runs: Sequence[set[Run]]) -> list[set[Run]]:
+    """Of each item the runs that are not the task's own wording."""
     shared = Counter(run for own in runs for run in own)
-    return [tuple(sorted(run for run in own if shared[run] <= OWN_WORDING)) for own in runs]
+    return [{run for run in own if shared[run] <= OWN_WORDING} for own in runs]
 
 
 class _Wanted(NamedTuple):

@@ -22,7 +22,7 @@ from evaluation.suite import Measured, Suite, add_overlap, compare, compare_text
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.job import Job
-from rlhf.model import check_vocabulary, count_parameters, load_causal_lm
+from rlhf.model import check_causal, check_vocabulary, count_parameters, load_causal_lm
 from rlhf.plugins import load_function
 from rlhf.recipe import EvaluateSection, Recipe, externals, upstream
 from rlhf.rundir import write_atomically, write_json
@@ -108,17 +108,20 @@ def _evaluate(
     settings = recipe.evaluate
     assert settings is not None
     for named in externals(recipe, "evaluate"):
-        if named.kind == "python":  # whether it is a function is known before anything is measured
+        if named.kind == "python":  # what it lacks is known before anything is measured, as with the tokenizers
             load_function(named.key, named.value, Path(recipe.data.root))
+    tokenizers = {
+        directory: load_tokenizer(directory, remote_code=runs_code(recipe, directory)) for directory in models.values()
+    }
     work = _prepare(recipe, settings, team, job)
     log(_announcement(work, settings, len(models)))
     found: dict[str, Findings] = {}
     parameters = 0
     for name, directory in models.items():
-        remote_code = runs_code(recipe, directory)
-        model = load_causal_lm(directory, remote_code=remote_code).to(device()).eval()
-        tokenizer = load_tokenizer(directory, remote_code=remote_code)
+        model = load_causal_lm(directory, remote_code=runs_code(recipe, directory)).to(device()).eval()
+        tokenizer = tokenizers[directory]
         check_vocabulary(model, tokenizer, directory)
+        check_causal(model, directory)
         parameters = count_parameters(model)
         found[name] = keep(name, partial(_findings, recipe, work, name, model, tokenizer, team))
         del model
