@@ -1,31 +1,18 @@
 """Contamination: which items of a task occur in the training texts, by runs of words that both have.
 
-As in Brown et al. 2020 (arXiv:2005.14165, appendix C) an item overlaps where a run of 13 of its words, or all of them
-where it has fewer, stands in a training document. Here an item needs 5 words to be looked for, and runs that more than
-two items of a task share are the task's own wording and count for none. The words are those of what is asked; where
-these don't tell items apart (`Which sentence is right?`), those of the choices behind it, or of an answer of 8 words.
-
-Words are compared in lower case, without punctuation, so layout doesn't hide a copy.
+What is looked for is said in rlhf.data.overlap: runs of 13 words, or all words of a shorter item. Words are compared in
+lower case, without punctuation, so layout doesn't hide a copy.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from evaluation.tasks import Probe
-from evaluation.words import ngrams, words_of
+from rlhf.data.overlap import LONGEST_RUN, Probe, Run, RunSearch, item_runs
+from rlhf.data.words import words_of
 from rlhf.functional.intervals import proportion_estimate
 
-LONGEST_RUN = 13
-SHORTEST_RUN, SHORTEST_ANSWER = 5, 8
-OWN_WORDING = 2  # items that may share a run
 CONTAMINATED = 0.02  # of the items, and at least two: a task is named
-FACTOR = np.uint64(6364136223846793005)  # of the rolling hash (Knuth's, for 64 bits)
 AT_ONCE = 2**20  # words
-
-Run = tuple[str, ...]
 
 
 class Item(NamedTuple):
@@ -59,18 +46,10 @@ class OverlapSearch:
 
     def __init__(self, tasks: Mapping[str, Sequence[Probe]]) -> None:
         self._tasks = {name: _items(probes) for name, probes in tasks.items()}
-        runs = {run for items in self._tasks.values() for item in items for run in _all_runs(item)}
-        words = sorted({word for run in runs for word in run})
-        self._numbers = {word: number for number, word in enumerate(words, 1)}  # 0: a word of no item
-        self._wanted: dict[int, dict[tuple[int, ...], Run]] = {}
-        for run in runs:
-            self._wanted.setdefault(len(run), {})[tuple(self._numbers[word] for word in run)] = run
-        self._hashes = {
-            length: np.unique([_hashes(np.array(run, dtype=np.uint64), length)[0] for run in wanted])
-            for length, wanted in self._wanted.items()
-        }
+        self._search = RunSearch(run for items in self._tasks.values() for item in items for run in _all_runs(item))
         self._found: set[Run] = set()
-        self._waiting: list[int] = []
+        self._waiting: list[list[str]] = []
+        self._waiting_words = 0
         self.documents = self.words = 0  # that passed by
 
     def read(self, texts: Iterable[str]) -> None:
@@ -78,9 +57,9 @@ class OverlapSearch:
         for text in texts:
             words = words_of(text)
             self.documents, self.words = self.documents + 1, self.words + len(words)
-            self._waiting += [self._numbers.get(word, 0) for word in words]
-            self._waiting.append(0)  # no run goes on in the next document
-            if len(self._waiting) >= AT_ONCE:
+            self._waiting.append(words)
+            self._waiting_words += len(words)
+            if self._waiting_words >= AT_ONCE:
                 self._look()
 
     def results(self) -> dict[str, Overlap]:
@@ -89,16 +68,9 @@ class OverlapSearch:
         return {name: self._overlap(items) for name, items in self._tasks.items()}
 
     def _look(self) -> None:
-        numbers = np.array(self._waiting, dtype=np.uint64)
-        for length, wanted in self._wanted.items():
-            if len(numbers) < length:
-                continue
-            places = np.flatnonzero(np.isin(_hashes(numbers, length), self._hashes[length]))
-            for place in places.tolist():
-                run = wanted.get(tuple(self._waiting[place : place + length]))
-                if run:  # equal hashes alone prove nothing
-                    self._found.add(run)
+        self._found.update(run for _, run in self._search.find(self._waiting))
         self._waiting.clear()
+        self._waiting_words = 0
 
     def _overlap(self, items: Sequence[Item]) -> Overlap:
         found = [next((run for run in item.runs if run in self._found), None) for item in items]
@@ -108,43 +80,14 @@ class OverlapSearch:
 
 
 def _items(probes: Sequence[Probe]) -> list[Item]:
-    asked = [words_of(probe.text) for probe in probes]
-    answers = [words_of(probe.answer) for probe in probes]
-    own = _telling([_runs(words) for words in asked])
-    behind = [
-        _runs(words + words_of(" ".join(probe.choices)))
-        | _runs(words + answer)
-        | (_runs(answer) if len(answer) >= SHORTEST_ANSWER else set())
-        if not told
-        else set()
-        for probe, words, answer, told in zip(probes, asked, answers, own, strict=True)
-    ]
     found = []
-    for words, answer, told, more in zip(asked, answers, own, _telling(behind), strict=True):
-        kept = tuple(sorted(told or more))
-        last = tuple([*words, *answer][-max(LONGEST_RUN, len(answer) + 1) :])
-        found.append(Item(kept, last if kept and answer else None))
+    for probe, runs in zip(probes, item_runs(probes), strict=True):
+        answer = words_of(probe.answer)
+        whole = [*words_of(probe.text), *answer]
+        last = tuple(whole[-max(LONGEST_RUN, len(answer) + 1) :])
+        found.append(Item(runs, last if runs and answer else None))
     return found
-
-
-def _runs(words: Sequence[str]) -> set[Run]:
-    return set(ngrams(words, min(LONGEST_RUN, len(words)))) if len(words) >= SHORTEST_RUN else set()
-
-
-def _telling(runs: Sequence[set[Run]]) -> list[set[Run]]:
-    """Of each item the runs that are not the task's own wording."""
-    shared = Counter(run for own in runs for run in own)
-    return [{run for run in own if shared[run] <= OWN_WORDING} for own in runs]
 
 
 def _all_runs(item: Item) -> list[Run]:
     return [*item.runs, *([item.answered] if item.answered else [])]
-
-
-def _hashes(numbers: np.ndarray, length: int) -> np.ndarray:
-    """A hash of each run of this length; uint64 arithmetic goes round."""
-    count = len(numbers) - length + 1
-    found = np.zeros(count, dtype=np.uint64)
-    for offset in range(length):
-        found = found * FACTOR + numbers[offset : offset + count] + np.uint64(1)
-    return found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation.words import words_of
+from rlhf.data.words import words_of
 from rlhf.functional.intervals import Estimate, clustered_estimate, proportion_estimate
 
 BINS = 10  # of equal width, over confidences from 0.5 to 1

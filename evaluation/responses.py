@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evaluation.preference import share, wins
-from evaluation.words import ngrams, words_of
+from rlhf.data.words import ngrams, words_of
 from rlhf.functional.intervals import Z95, Estimate, mean_estimate
 from rlhf.functional.length_control import fit_length_control
 

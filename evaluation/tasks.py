@@ -4,6 +4,7 @@ A row has `input` and mostly `instruction`, and either `choices` with `answer` (
 `target`. The YAML file says how a prompt is written and what counts as right; without one it is as in `TaskFormat`.
 """
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
@@ -14,6 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from rlhf.data import reader
+from rlhf.data.overlap import Probe
+from rlhf.data.prepare.incontext import Example
 from rlhf.data.reader import Faults, read_rows
 from rlhf.data.rows import is_text
 from rlhf.errors import DataError, RecipeError, UserError
@@ -40,14 +43,6 @@ class Question(NamedTuple):
     target: str = ""
     item: int = 0  # its number in the task: the same in every draw of demonstrations, and at every number of them
     empty: tuple[str, ...] = ()  # the prompt with each of CONTENT_FREE in place of what the item says
-
-
-class Probe(NamedTuple):
-    """What of an item should not occur in training."""
-
-    text: str  # what is asked, without instruction and demonstrations where these aren't the item's own
-    answer: str
-    choices: tuple[str, ...] = ()
 
 
 class TaskFormat(BaseModel):
@@ -283,15 +278,51 @@ def file_tasks(folder: Path, faults: Faults, only: str = "") -> list[Task]:
     return [_file_task(name, path, faults) for name, path in zip(names, files, strict=True) if name in wanted]
 
 
-def _file_task(name: str, path: Path, faults: Faults) -> FileTask:
-    style = _format(path.with_name(f"{name}.yaml"))
+def training_examples(folder: Path, faults: Faults, only: str = "") -> dict[str, list[Example]]:
+    """What a document can be made of, by task, from the training files alone of a folder, or the one of this name.
+
+    Raises DataError for a malformed row or format, and where no training file is found.
+    """
+    named = glob.escape(only) or "*"
+    files = sorted([*folder.glob(f"{named}.train.jsonl"), *folder.glob(f"{named}.train.jsonl.gz")])
+    wanted = {path.name.removesuffix(".gz").removesuffix(".train.jsonl"): path for path in files}
+    if not wanted:
+        raise DataError(f"{folder}: no file {only or '*'}.train.jsonl")
+    if len(wanted) < len(files):
+        raise DataError(f"{folder}: a task has both .train.jsonl and .train.jsonl.gz")
+    found = {}
+    for name, path in wanted.items():
+        style = _format(path.with_name(f"{name}.yaml"))
+        _, rows = _read_checked(path, style, faults)
+        found[name] = [
+            Example(
+                _filled(style.instruction, row.fields) if row.fields["instruction"] else "",
+                _filled(style.demonstration, row.fields),
+                _filled(style.item, row.fields) + style.delimiter + row.fields["answer"],
+            )
+            for row in rows
+        ]
+    return found
+
+
+def _read_checked(path: Path, style: TaskFormat, faults: Faults) -> tuple[bool, tuple[Row, ...]]:
+    """Whether a task's answers are free, by the first row of this file, and the file's good rows."""
     rows = list(read_rows(path, faults))
     free = bool(rows) and "choices" not in rows[0].value and "target" in rows[0].value
-    needed = {word for text in (style.instruction, style.demonstration, style.item) for word in FIELD.findall(text)}
     check = partial(_free_fault, style) if free else _choice_fault
-    items = _checked(rows, faults, check, needed)
-    if not items:
+    found = _checked(rows, faults, check, _needed(style))
+    if not found:
         raise DataError(f"{path}: no good row among {len(rows)}")
+    return free, found
+
+
+def _needed(style: TaskFormat) -> set[str]:
+    return {word for text in (style.instruction, style.demonstration, style.item) for word in FIELD.findall(text)}
+
+
+def _file_task(name: str, path: Path, faults: Faults) -> FileTask:
+    style = _format(path.with_name(f"{name}.yaml"))
+    free, items = _read_checked(path, style, faults)
     train = [path.with_name(f"{name}.train.jsonl"), path.with_name(f"{name}.train.jsonl.gz")]
     if all(file.exists() for file in train):
         raise DataError(f"{path.parent}: {name}: both .train.jsonl and .train.jsonl.gz")
@@ -300,7 +331,8 @@ def _file_task(name: str, path: Path, faults: Faults) -> FileTask:
         numbers = all(as_number(row.fields["answer"]) is not None for row in items)
         style = style.model_copy(update={"extract": "last_number" if numbers else "all"})
     _check_format(style, free, path.with_name(f"{name}.yaml"))
-    return FileTask(name, _checked(found, faults, check, needed), items, style, free)
+    check = partial(_free_fault, style) if free else _choice_fault
+    return FileTask(name, _checked(found, faults, check, _needed(style)), items, style, free)
 
 
 def _check_format(style: TaskFormat, free: bool, path: Path) -> None:

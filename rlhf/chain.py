@@ -22,7 +22,8 @@ from pydantic import BaseModel
 import rlhf
 from evaluation.harness import check_include, check_installed
 from rlhf.data.files import source_files
-from rlhf.errors import MissingInput, StageFailed, UserError
+from rlhf.data.prepare.inputs import task_inputs
+from rlhf.errors import Interrupted, MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
 from rlhf.plugins import check_function, function_file
 from rlhf.recipe import (
@@ -38,11 +39,22 @@ from rlhf.recipe import (
     externals,
     fields_at_default,
     microbatches,
+    newer_keys,
     result_fields,
     training_sources,
     upstream,
 )
-from rlhf.rundir import RunDir, StageDir, digest_file, digest_folder, digest_tree, files_in, model_config, write_json
+from rlhf.rundir import (
+    RunDir,
+    StageDir,
+    digest_file,
+    digest_folder,
+    digest_tree,
+    files_in,
+    model_config,
+    no_room,
+    write_json,
+)
 from rlhf.runtime import log
 from rlhf.tinyworld.incontext import MAX_SHOTS
 from rlhf.trackers import check_trackers
@@ -119,7 +131,9 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     section = getattr(recipe, stage)
     inputs: dict[str, Any] = {f"{stage}.{key}": value for key, value in result_fields(section).items()}
     inputs["seed"] = recipe.seed
-    if stage == "pretrain":
+    if stage in TRAINING and recipe.precision != "auto":
+        inputs["precision"] = recipe.precision
+    if stage == "pretrain" and recipe.base is None:
         inputs |= {f"model.{key}": value for key, value in result_fields(recipe.model).items()}
     inputs |= _borrowed(recipe, stage)
     for source in _sources(recipe, stage):
@@ -143,6 +157,8 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
         if include:
             check_include(Path(recipe.data.root) / include)
             inputs[f"harness {include}"] = digest_tree(Path(recipe.data.root) / include)
+    if stage == "pretrain":
+        inputs |= task_inputs(recipe)
     for name in upstream(recipe, stage):
         inputs[f"stage {name}"] = run.stage(name).output_digest()
     return inputs
@@ -185,7 +201,7 @@ def state_of(recipe: Recipe, stage: StageName, run: RunDir) -> State:
             return State("stale", f"the stage {name} that it stands on is {run.stage(name).presence}")
     was, now = directory.manifest().get("inputs", {}), _jsonable(stage_inputs(recipe, stage, run))
     # what an older version didn't know, and is as if nobody had asked for it, is as it was then
-    new = _at_default(recipe, stage) - set(was) if was else set()
+    new = newer_keys(_at_default(recipe, stage), was) if was else set()
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in new]
     if was.get("data.on_bad_row") == "error" and now.get("data.on_bad_row") == "skip" and "data.on_bad_row" in changed:
         changed.remove("data.on_bad_row")  # it had no bad row, so there is nothing to skip
@@ -311,6 +327,39 @@ def run_chain(
         _say_what_is_there(recipe, run, time.monotonic() - started)
 
 
+def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[[str], str]) -> None:
+    """Makes the corpus that pretrain learns from, without training.
+
+    Raises UserError for what the user must mend, MissingInput where the tokenizer isn't there yet.
+    """
+    if recipe.pretrain is None or "pretrain" not in recipe.stages:
+        raise UserError("the recipe has no stage pretrain, so there is no corpus to prepare")
+    for source in recipe.pretrain.train:
+        source_files(source, Path(recipe.data.root))
+        _check_ends("pretrain", source)
+    _check_prepare(recipe)
+    run = RunDir.of(recipe, runs_dir)
+    run.check_free()
+    check_upstream(recipe, "pretrain", run, again)
+    run.create()
+    with run.lock():
+        from rlhf.runtime import quiet_libraries
+        from rlhf.worker import disk_full
+        from stages.corpus import make_corpus, tokenizer_of
+
+        run.write_recipe(recipe)
+        try:
+            with quiet_libraries():
+                corpus = make_corpus(recipe, run, tokenizer_of(recipe, run), fresh=fresh)
+        except KeyboardInterrupt:
+            raise Interrupted("prepare: interrupted; the same command goes on with what is done") from None
+        except OSError as error:
+            if disk_full(error):
+                raise StageFailed(no_room(run.path / "corpus")) from None
+            raise
+    print(f"the corpus: {corpus.folder}")
+
+
 def _report(run: RunDir, *, anew: bool) -> None:
     """Writes the report of a finished run; where that fails, says why: the run is done all the same."""
     if not anew and (run.path / "report.html").exists():
@@ -404,13 +453,19 @@ def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) 
             microbatches(recipe, stage, processes)
         for source in sources_in(getattr(recipe, stage)):
             source_files(source, Path(recipe.data.root))
-            if source.builtin and source.rows is None and stage not in ("reward", "ppo"):
-                raise UserError(f"{stage}: the source builtin: {source.builtin} never ends; say how many with rows:")
+            _check_ends(stage, source)
         for external in externals(recipe, stage):
             _check_external(external, Path(recipe.data.root))
+        if stage == "pretrain":
+            _check_prepare(recipe)
         if stage == "evaluate" and recipe.evaluate:
             _check_tasks(recipe.evaluate.fewshot, Path(recipe.data.root))
             _check_harness(recipe.evaluate.harness, Path(recipe.data.root))
+
+
+def _check_ends(stage: StageName, source: Source) -> None:
+    if source.builtin and source.rows is None and stage not in ("reward", "ppo"):
+        raise UserError(f"{stage}: the source builtin: {source.builtin} never ends; say how many with rows:")
 
 
 def _check_harness(harness: HarnessSection, root: Path) -> None:
@@ -427,6 +482,20 @@ def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
         if task != "tinyworld" and not path.is_dir() and not list(path.parent.glob(f"{glob.escape(path.name)}.test.*")):
             raise MissingInput(
                 f"evaluate.fewshot.tasks: no folder {path}, and no file {path}.test.jsonl (`tinyworld` is built in)"
+            )
+
+
+def _check_prepare(recipe: Recipe) -> None:
+    """The few-shot tasks that a corpus is kept free of, and made of, must be there."""
+    prepare, root = recipe.pretrain.prepare if recipe.pretrain else None, Path(recipe.data.root)
+    if prepare and prepare.decontamination and recipe.evaluate:
+        _check_tasks(recipe.evaluate.fewshot, root)
+    for task in prepare.incontext.tasks if prepare and prepare.incontext else ():
+        path = root / task
+        if not path.is_dir() and not list(path.parent.glob(f"{glob.escape(path.name)}.train.*")):
+            raise MissingInput(
+                f"pretrain.prepare.incontext.tasks: no folder {path}, and no file {path}.train.jsonl"
+                + (" (the built-in world's own documents hold such tasks already)" if task == "tinyworld" else "")
             )
 
 

@@ -92,6 +92,12 @@ class Checkpoints:
         self._prune(target)
         return Checkpoint(target, step, facts)
 
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: they are of a course that was given up."""
+        for path in self._sealed():
+            if int(path.name.removeprefix("step-")) > step:
+                _remove(path)
+
     def discard(self, path: Path) -> None:
         """Removes what has been written of a checkpoint that can't be finished."""
         shutil.rmtree(path, ignore_errors=True)
@@ -213,6 +219,17 @@ def load_tree(folder: Path, name: str) -> Any:
         return value
 
     return unpacked(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def copy_tree(tree: Any) -> Any:
+    """The same tree with tensors of its own, on the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: copy_tree(inner) for key, inner in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(copy_tree(inner) for inner in tree)
+    return tree
 
 
 # Random states of a process

@@ -90,6 +90,34 @@ def run(
 
 
 @app.command()
+def prepare(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="e.g. pretrain.prepare.near_duplicates=off")
+    ] = None,
+    recipe: RecipeOption = "",
+    runs_dir: RunsDirOption = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="make it again; the old one is moved aside")] = False,
+) -> None:
+    """Makes the corpus that pretrain learns from: texts cleaned, filtered, deduplicated, as tokens, with a data card.
+
+    `rlhf run pretrain` makes it as well, where it is missing. What a killed run has done is kept.
+    """
+    from rlhf.chain import run_prepare
+    from rlhf.recipe import load_recipe
+    from rlhf.runtime import print_anything
+
+    if not recipe:
+        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
+    print_anything()
+    said = [argument for argument in sys.argv[1:] if argument not in ("prepare", "--fresh")]
+
+    def again(name: str) -> str:
+        return shlex.join(["rlhf", "run", name, *said])
+
+    run_prepare(load_recipe(recipe, overrides or []), runs_dir, fresh=fresh, again=again)
+
+
+@app.command()
 def recipes() -> None:
     """Lists the shipped recipes, with what each needs and takes."""
     from rlhf.recipe import load_recipe, shipped_recipes

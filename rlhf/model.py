@@ -354,6 +354,18 @@ def accelerator_bytes(device: torch.device, share: float) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory * share) if device.type == "cuda" else 0
 
 
+def tokens_fitting(model: PreTrainedModel, memory: int, *, checkpointing: bool = False) -> int:
+    """How many tokens have about so many bytes of activations in a training pass, as float32, logits apart.
+
+    With gradient checkpointing a layer keeps its input, and one layer at a time the rest.
+    """
+    config = model.config.get_text_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layer = 12 * width + 4 * inner
+    return max(1, memory // (4 * (layers * width + layer if checkpointing else layers * layer)))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -75,5 +75,5 @@ def muon_with_adamw(
     inner = [parameter for parameter in trained if parameter.dim() == 2 and id(parameter) not in outer]
     among = {id(parameter) for parameter in inner}
     others = [parameter for parameter in trained if id(parameter) not in among]
-    adamw = AdamW(others, lr=lr, betas=betas, eps=epsilon, weight_decay=0.0)
+    adamw = AdamW(others, lr=lr, betas=betas, eps=epsilon, weight_decay=0.0, fused=True)
     return [Muon(inner, lr, weight_decay), adamw] if inner else [adamw]

@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,6 +28,8 @@ from pydantic import (
 )
 
 from rlhf.errors import RecipeError
+from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, training_of
+from rlhf.functional.schedules import ScheduleName
 
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
@@ -73,6 +75,7 @@ class Source(Section):
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often each row is used: 2 is twice, 0.5 is a random half"
     )
+    name: str | None = Field(None, min_length=1, max_length=60, description="what figures call it; default: after it")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
@@ -81,7 +84,7 @@ class Source(Section):
         return self
 
     def __str__(self) -> str:
-        return self.path or (f"hub:{self.hub}" if self.hub else f"builtin:{self.builtin}")
+        return self.name or self.path or (f"hub:{self.hub}" if self.hub else f"builtin:{self.builtin}")
 
 
 Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -106,7 +109,17 @@ class TokenizerSection(Section):
 class ModelSection(Section):
     """The architecture of a model that starts from random weights."""
 
-    architecture: Literal["llama", "qwen3", "gpt2"] = Field("llama", description="family of the transformers config")
+    depth: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="the one dial: layers, from which width, heads, context, and pretrain's tokens, tokens_per_step, "
+        "learning_rate and sequence_length follow where they aren't given (rlhf/functional/compute_optimal.py)",
+    )
+    architecture: Literal["llama", "qwen3", "gpt2"] = Field(
+        "llama",
+        description="family of the config; qwen3 is llama with QK-norm",
+    )
     layers: int = Field(4, ge=1, description="number of decoder layers")
     width: int = Field(128, ge=8, description="size of the hidden states")
     heads: int = Field(4, ge=1, description="number of attention heads")
@@ -141,24 +154,213 @@ class ModelSection(Section):
         return self
 
 
+def _or_off(value: Any) -> Any:
+    """What switches a step or a limit off: `off`, false, null."""
+    return None if value == "off" or value is False else value
+
+
+Limit = Annotated[
+    Annotated[float, Field(ge=0)] | None,
+    BeforeValidator(_or_off, json_schema_input_type=float | Literal["off", False] | None),
+]
+Count = Annotated[
+    Annotated[int, Field(ge=0)] | None,
+    BeforeValidator(_or_off, json_schema_input_type=int | Literal["off", False] | None),
+]
+Off = BeforeValidator(_or_off)
+
+
+class CleaningSection(Section):
+    """What is mended in every text; each change is counted."""
+
+    encoding: bool = Field(True, description="text that was decoded wrongly (Ã© for é) is put right, by ftfy")
+    line_ends: bool = Field(True, description="CRLF, CR, form feeds and Unicode's line separators become LF")
+    control_characters: bool = Field(
+        True,
+        description="control characters but tab and LF, terminals' colour codes and byte order marks are removed",
+    )
+    unicode: bool = Field(True, description="characters are composed: Unicode's normalisation form C")
+    white_space: bool = Field(
+        True,
+        description="blanks of other kinds become spaces, blanks at the ends of lines and blank lines beyond one go",
+    )
+
+
+class FiltersSection(Section):
+    """Which documents are removed for what they are; `off` switches a rule off.
+
+    The rules and limits are those of Gopher (Rae et al. 2021, arXiv:2112.11446, A.1.1 and table A1) where not said
+    otherwise.
+    """
+
+    min_words: Count = Field(5, description="fewer words (the paper: 50, which leaves no poem, question or short fact)")
+    max_words: Count = Field(None, description="more words (the paper: 100,000; off, since a book has more)")
+    replacement_characters: Limit = Field(
+        0.01, description="larger share of characters that were lost (U+FFFD); not the paper's"
+    )
+    from_words: int = Field(50, ge=0, description="the rules below judge documents of at least so many words")
+    min_mean_word_length: Limit = Field(3.0, description="shorter mean word, in characters; not for code or Chinese")
+    max_mean_word_length: Limit = Field(10.0, description="longer mean word, in characters; not for code or Chinese")
+    hashes: Limit = Field(0.1, description="more hash signs for each word; not for code")
+    ellipses: Limit = Field(0.1, description="more ellipses for each word; not for code")
+    bullet_lines: Limit = Field(0.9, description="larger share of lines that begin with a bullet")
+    ellipsis_lines: Limit = Field(0.3, description="larger share of lines that end with an ellipsis")
+    min_alphabetic: Limit = Field(0.8, description="smaller share of words that hold a letter; not for code")
+    stop_words: Count = Field(
+        None, description="fewer of the words the, be, to, of, and, that, have, with (the paper: 2; off: English alone)"
+    )
+    duplicate_lines: Limit = Field(0.3, description="larger share of lines that stood there before")
+    duplicate_paragraphs: Limit = Field(0.3, description="larger share of paragraphs that stood there before")
+    duplicate_line_characters: Limit = Field(0.2, description="larger share of the characters in such lines")
+    duplicate_paragraph_characters: Limit = Field(0.2, description="larger share of the characters in such paragraphs")
+    top_2gram: Limit = Field(0.2, description="larger share of characters in the commonest 2 words; not for code")
+    top_3gram: Limit = Field(0.18, description="larger share of characters in the commonest 3 words; not for code")
+    top_4gram: Limit = Field(0.16, description="larger share of characters in the commonest 4 words; not for code")
+    duplicate_5grams: Limit = Field(0.15, description="larger share of characters in 5 words that stood there before")
+    duplicate_6grams: Limit = Field(0.14, description="the same of 6 words; like all of these not for code")
+    duplicate_7grams: Limit = Field(0.13, description="the same of 7 words")
+    duplicate_8grams: Limit = Field(0.12, description="the same of 8 words")
+    duplicate_9grams: Limit = Field(0.11, description="the same of 9 words")
+    duplicate_10grams: Limit = Field(0.1, description="the same of 10 words")
+
+
+class PersonalDataSection(Section):
+    """What is replaced by a placeholder, such as [EMAIL]."""
+
+    email: bool = Field(False, description="e-mail addresses")
+    phone: bool = Field(False, description="telephone numbers")
+    ip: bool = Field(False, description="public IP addresses")
+    card: bool = Field(False, description="numbers of payment cards whose check digit is right")
+
+
+class NearDuplicatesSection(Section):
+    """Documents that are alike but for some words, across all sources, by MinHash."""
+
+    changed_words: float = Field(
+        0.05, ge=0.01, le=0.08, description="share of words in which copies differ; 95 % of such copies are found"
+    )
+    min_words: int = Field(10, ge=1, description="documents with fewer words are compared as a whole only")
+
+
+class DecontaminationSection(Section):
+    """Documents that share words with the items of evaluate.fewshot.tasks are removed and listed."""
+
+    words: int = Field(13, ge=5, le=100, description="length of a run of words that no document may share with an item")
+
+
+class InContextSection(Section):
+    """Documents made of the training files of few-shot tasks: task line, demonstrations, an item with its answer."""
+
+    share: float = Field(gt=0, lt=1, description="of all documents of the corpus, these made ones included")
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        min_length=1, description="folders below data.root, or FOLDER/TASK; only TASK.train.jsonl is read"
+    )
+    shots: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(
+        (0, 1, 2, 4, 8), min_length=1, description="numbers of demonstrations, equally often"
+    )
+
+
+class PrepareSection(Section):
+    """What is done with the texts before they are tokens; `off` switches a step off."""
+
+    cleaning: Annotated[CleaningSection | None, Off] = Field(default=CleaningSection(), description="what is mended")
+    filters: Annotated[FiltersSection | None, Off] = Field(default=FiltersSection(), description="what is removed")
+    personal_data: PersonalDataSection = Field(default=PersonalDataSection(), description="what is masked")
+    exact_duplicates: bool = Field(True, description="a text that stood there before is removed, whatever its source")
+    near_duplicates: Annotated[NearDuplicatesSection | None, Off] = Field(
+        default=NearDuplicatesSection(), description="of documents that are much alike one is kept"
+    )
+    decontamination: Annotated[DecontaminationSection | None, Off] = Field(
+        default=DecontaminationSection(), description="documents that hold items of the evaluation are removed"
+    )
+    incontext: InContextSection | None = Field(None, description="documents made of few-shot tasks' training files")
+
+
+class RampSection(Section):
+    """A batch that grows: small steps while the gradient is still the same everywhere, large ones later."""
+
+    from_: int = Field(ge=1, alias="from", description="tokens of the first steps; tokens_per_step is a multiple of it")
+    tokens: int = Field(ge=1, description="over how many tokens the batch grows, evenly, up to tokens_per_step")
+    learning_rate: Literal["none", "square_root"] = Field(
+        "none", description="square_root: while the batch is smaller, the rate is too, by the root of its share"
+    )
+
+
+class ReplaySection(Section):
+    """Texts of the earlier training among the new ones, against forgetting."""
+
+    train: Sources = Field(description="texts of the mixture that the base was trained on")
+    share: float = Field(gt=0, lt=1, description="of all rows that are read, so many are of these")
+
+
+class SpikesSection(Section):
+    """What is done when the loss jumps, or loss or gradient is no number."""
+
+    action: Literal["roll_back", "stop", "ignore"] = Field(
+        "roll_back",
+        description="back to the last good state, and on with the data behind the spike; or end with an error; or go "
+        "on (a loss that is no number ends the stage all the same)",
+    )
+    deviations: float = Field(
+        8.0,
+        gt=0,
+        description="a loss is a spike where it is above the last 20 losses' median by so many deviations",
+    )
+    rise: float = Field(0.5, ge=0, description="and by so many nats at least")
+    history: int = Field(100, ge=20, description="steps that tell the deviation of a loss from the one before it")
+    good_every: int = Field(
+        50,
+        ge=1,
+        description="steps between the states that are kept in memory; one is good once as many steps went well",
+    )
+    most_in_a_row: int = Field(
+        5, ge=1, description="rollbacks without getting past the spike, each skipping twice as much, then it ends"
+    )
+
+
 class PretrainSection(Section):
-    """Next-token prediction from random weights."""
+    """Next-token prediction, from random weights or, with `base`, from those of a model."""
 
     train: Sources = Field(description="texts to learn from")
-    validation: Sources = Field(description="texts to measure on")
+    validation: Sources = Field(description="texts to measure on; several sources are measured one by one as well")
+    prepare: PrepareSection | None = Field(
+        None, description="clean, filter and deduplicate `train`; `{}` is the standard; default: texts as they are"
+    )
+    replay: ReplaySection | None = Field(None, description="with `base`: texts of its earlier training among the new")
     tokens: int = Field(ge=1, description="how many tokens to train on in all")
     tokens_per_step: int = Field(ge=1, description="tokens of one optimiser step, over all processes")
+    ramp: RampSection | None = Field(None, description="smaller steps at the beginning")
     sequence_length: int = Field(ge=2, description="tokens of one packed row")
+    order: Literal["shuffled", "as_given"] = Field(
+        "shuffled", description="rows are read in a new random order in each pass, or as they stand"
+    )
     isolate_documents: bool = Field(False, description="a packed row's documents don't see each other")
-    microbatch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all of a step's")
+    microbatch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows of one forward pass; default: all of a step's, or as many as have about 2 GiB of "
+        "activations, on a GPU a quarter of its memory",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="hold less, compute each layer twice", json_schema_extra=_NO_RESULT
+    )
+    compile: bool = Field(False, description="torch.compile: on a GPU a third faster or more, after minutes of work")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices of the layers, AdamW for the rest; needs fewer steps"
     )
     learning_rate: float = Field(gt=0, le=100, description="peak learning rate")
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    schedule: ScheduleName = Field(
+        "cosine", description="from the peak to the floor: cosine, linear, wsd (late, by the root), or not at all"
+    )
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the tokens with a rising learning rate")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the tokens, the last ones, in which wsd's rate falls")
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="the floor, as a share of the peak")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     gradient_clipping: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of the squared log of the softmax's denominator; customary: 1e-4"
+    )
+    spikes: SpikesSection = Field(default=SpikesSection(), description="what is done when the loss jumps")
     validate_every: int = Field(200, ge=1, description="steps between validations", json_schema_extra=_NO_RESULT)
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl", json_schema_extra=_NO_RESULT)
 
@@ -168,6 +370,17 @@ class PretrainSection(Section):
             raise ValueError(
                 f"tokens_per_step {self.tokens_per_step} is not a multiple of sequence_length {self.sequence_length}"
             )
+        if self.ramp and (self.ramp.from_ % self.sequence_length or self.tokens_per_step % self.ramp.from_):
+            raise ValueError(
+                f"ramp.from {self.ramp.from_} must be a multiple of sequence_length {self.sequence_length} that "
+                f"divides tokens_per_step {self.tokens_per_step}"
+            )
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than all tokens")
+        names = [str(source) for source in self.validation]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"validation: two sources are called {twice}; give them names with name:")
         return self
 
 
@@ -720,6 +933,11 @@ class Recipe(Section):
     needs: str = Field("", description="hardware and data", json_schema_extra=_NO_RESULT)
     takes: str = Field("", description="time and memory", json_schema_extra=_NO_RESULT)
     seed: int = Field(1, ge=0, lt=2**32, description="what every draw of every stage depends on")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of what is computed in training; weights are float32. auto: bfloat16 on a GPU that has it, "
+        "float32 elsewhere (a CPU without hardware for bfloat16 is many times slower with it, and refused)",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all cores", json_schema_extra=_NO_RESULT)
     checkpoints: CheckpointSection = Field(
         default=CheckpointSection(), description="what a killed run goes on from", json_schema_extra=_NO_RESULT
@@ -741,6 +959,29 @@ class Recipe(Section):
     ppo: PpoSection | None = Field(None, description="the ppo stage")
     evaluate: EvaluateSection | None = Field(None, description="the evaluate stage")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_fills(cls, values: Any) -> Any:
+        return _filled_from_depth(values) if isinstance(values, dict) else values
+
+    def _check_beginning(self) -> None:
+        """Where the chain begins: at a tokenizer and random weights, or at a base. Raises ValueError for neither."""
+        both = {"tokenizer", "pretrain"} <= set(self.stages)
+        if self.base is None:
+            if not both and self.stages != ("tokenizer",):
+                raise ValueError(
+                    "the stages tokenizer and pretrain come together, or `base` names the model to go on from"
+                    if {"tokenizer", "pretrain"} & set(self.stages)
+                    else "`base` names the model to begin with, since pretrain is not among the stages"
+                )
+            if self.pretrain and self.pretrain.replay and "pretrain" in self.stages:
+                raise ValueError("pretrain.replay: without `base` there is no earlier training to replay")
+            return
+        if "tokenizer" in self.stages:
+            raise ValueError("either `base`, whose tokenizer is kept, or the stage tokenizer, not both")
+        if "pretrain" in self.stages and self.model != ModelSection():
+            raise ValueError("model: with `base` the architecture is the base's; leave the section out")
+
     @model_validator(mode="after")
     def _chain_holds(self) -> Recipe:
         order = [STAGES.index(stage) for stage in self.stages]
@@ -749,14 +990,8 @@ class Recipe(Section):
         for stage in self.stages:
             if getattr(self, stage) is None:
                 raise ValueError(f"the stage {stage} is in `stages` but the recipe has no section `{stage}`")
-        if ("tokenizer" in self.stages) != ("pretrain" in self.stages) and self.stages != ("tokenizer",):
-            raise ValueError("the stages tokenizer and pretrain come together")
-        needs_base = "pretrain" not in self.stages and self.stages != ("tokenizer",)
-        if needs_base and self.base is None:
-            raise ValueError("`base` names the model to begin with, since pretrain is not among the stages")
-        if self.base is not None and "pretrain" in self.stages:
-            raise ValueError("either `base` or the stage pretrain, not both")
-        if "pretrain" in self.stages:
+        self._check_beginning()
+        if "pretrain" in self.stages and self.base is None:
             assert self.pretrain is not None
             longest = {"pretrain.sequence_length": self.pretrain.sequence_length}
             if "sft" in self.stages and self.sft:
@@ -779,6 +1014,30 @@ class Recipe(Section):
         if "evaluate" in self.stages and self.evaluate and self.evaluate.comparisons and not evaluating_judges(self)[1]:
             raise ValueError("evaluate.comparisons: there is no judge to try on them; name one in evaluate.judge")
         return self
+
+
+def _filled_from_depth(values: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a recipe with what follows from `model.depth` where nobody has said otherwise."""
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("depth"), int) or not 1 <= model["depth"] <= 512:
+        return values
+    shape = shape_of_depth(model["depth"])
+    model = {**shape._asdict(), **model}
+    pretrain, tokenizer = values.get("pretrain"), values.get("tokenizer")
+    if not isinstance(pretrain, dict):
+        return {**values, "model": model}
+    filled = {"sequence_length": model["context"], **pretrain}
+    try:
+        vocabulary = TokenizerSection.model_fields["vocab_size"].default
+        vocabulary = int((tokenizer or {}).get("vocab_size", vocabulary))
+        width, gated = int(model["width"]), model.get("architecture") != "gpt2"
+        mlp = int(model.get("mlp_width") or (round(width * 8 / 3 / 32) * 32 if gated else 4 * width))
+        kv_share = int(model.get("kv_heads") or model["heads"]) / int(model["heads"])
+        inner = inner_parameters(int(model["layers"]), width, mlp, gated, kv_share)
+        training = training_of(inner, vocabulary * width, int(filled["sequence_length"]), filled.get("tokens"))
+    except (TypeError, ValueError, ArithmeticError):  # something that its own section will refuse
+        return {**values, "model": model}
+    return {**values, "model": model, "pretrain": {**training._asdict(), **filled}}
 
 
 def evaluating_judges(recipe: Recipe) -> tuple[str, tuple[JudgeSection, ...]]:
@@ -817,6 +1076,12 @@ def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int,
     section: Any = getattr(recipe, stage)
     if stage == "pretrain":
         rows, what = section.tokens_per_step // section.sequence_length, "tokens_per_step / sequence_length"
+        first = section.ramp.from_ // section.sequence_length if section.ramp else rows
+        if first % processes:
+            raise RecipeError(
+                f"pretrain: {'ramp.from' if section.ramp else 'tokens_per_step'} / sequence_length is {first}, which "
+                f"is not a multiple of the {processes} processes"
+            )
     else:
         what = "dialogues_per_step" if stage == "sft" else "pairs_per_step"
         rows = getattr(section, what)
@@ -860,8 +1125,8 @@ def needs_base(recipe: Recipe, stage: StageName) -> bool:
     """Whether the stage reads the recipe's `base` itself."""
     if recipe.base is None:
         return False
-    if stage == "evaluate":
-        return True
+    if stage in ("pretrain", "evaluate"):
+        return stage == "pretrain" or "pretrain" not in recipe.stages
     return stage in ("sft", "reward", "ppo") and not {"pretrain", "sft"} & set(upstream(recipe, stage))
 
 
@@ -1136,8 +1401,19 @@ def dump_recipe(recipe: Recipe) -> str:
     return text
 
 
-def _plain(recipe: BaseModel) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+def _plain(section: BaseModel) -> dict[str, Any]:
+    """The values of a section by their keys; a null that is the default is left out."""
+    found: dict[str, Any] = {}
+    dumped = section.model_dump(mode="json", by_alias=True)
+    for name, field in type(section).model_fields.items():
+        key, value = field.alias or name, getattr(section, name)
+        if isinstance(value, BaseModel):
+            found[key] = _plain(value)
+        elif isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value):
+            found[key] = [_plain(item) for item in value]
+        elif value is not None or field.default is not None:
+            found[key] = dumped[key]
+    return found
 
 
 def result_fields(section: BaseModel) -> dict[str, Any]:
@@ -1167,7 +1443,21 @@ def fields_at_default(section: BaseModel) -> set[str]:
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), field.alias or name
         if isinstance(value, BaseModel):
-            found |= {f"{key}.{inner}" for inner in fields_at_default(value)}
+            # a section that is only there when somebody writes it is never at its default
+            found |= {f"{key}.{inner}" for inner in fields_at_default(value)} if field.default is not None else set()
         elif value == field.default:
             found.add(key)
     return found
+
+
+def newer_keys(keys: set[str], was: Mapping[str, Any]) -> set[str]:
+    """Those of the keys that an older version of a section's `result_fields` didn't know.
+
+    `a.b.c` was known where `a.b` is there: then nothing stood in the place of that section.
+    """
+
+    def known(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[: length + 1]) in was for length in range(len(parts)))
+
+    return {key for key in keys if not known(key)}

@@ -52,17 +52,43 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def make_accelerator(accumulation_steps: int = 1) -> "Accelerator":
-    """The stage's Accelerator: bf16 where a GPU has it, float32 on a CPU (bf16 there is many times slower)."""
+def make_accelerator(precision: str = "auto") -> "Accelerator":
+    """The stage's Accelerator, in the recipe's `precision`. Raises UserError where the device lacks it."""
     import torch
     from accelerate import Accelerator
 
-    gpu = torch.cuda.is_available()
-    return Accelerator(
-        cpu=not gpu,
-        mixed_precision="bf16" if gpu and torch.cuda.is_bf16_supported() else "no",
-        gradient_accumulation_steps=accumulation_steps,
-    )
+    mixed = "bf16" if uses_bfloat16(precision) else "no"
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
+
+
+def uses_bfloat16(precision: str) -> bool:
+    """Whether training computes in bfloat16: by itself where a GPU has it, never on a CPU (many times slower there).
+
+    Raises UserError where the recipe asks for what the device has no hardware for.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        has, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+        by_itself = has
+    else:
+        has, what = _cpu_has_bfloat16(), "this processor"
+        by_itself = False
+    if precision == "bfloat16" and not has:
+        raise UserError(f"precision: {what} has no hardware for bfloat16, so it would be many times slower")
+    return precision == "bfloat16" or (precision == "auto" and by_itself)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 (AVX-512 BF16, AMX, or what other kinds have for it)."""
+    import torch
+
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(
+            sign in Path("/proc/cpuinfo").read_text() for sign in ("avx512_bf16", "amx_bf16", " bf16 ")
+        )
+    except (OSError, AttributeError, RuntimeError):
+        return False
 
 
 def device() -> "torch.device":
@@ -147,12 +173,17 @@ class Bar:
         if self._rich:
             self._rich.stop()
 
-    def show(self, done: int, **figures: float) -> None:
-        """Shows how far the loop is, with the figures that matter."""
+    def show(self, done: int, work: float | None = None, **figures: float) -> None:
+        """Shows how far the loop is, with the figures that matter.
+
+        `work`: the share of all work that is done, where steps are not equally long; the time left follows from it.
+        """
         now = time.monotonic()
         left = "-:--"
         if self._total is not None:
-            left = format_seconds((now - self._started) / max(done - self._before, 1) * (self._total - done))
+            whole = done / max(self._total, 1) if work is None else work
+            here = whole * (done - self._before) / max(done, 1)  # what this process has done of it
+            left = format_seconds((now - self._started) / here * (1.0 - whole)) if here > 0 else left
         of = f"{done}/{self._total or '?'}"
         text = "  ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in figures.items())
         if self._rich:

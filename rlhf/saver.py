@@ -102,6 +102,12 @@ class Saver:
             if self._team.is_main:
                 save_tree(tree, folder, "state")
 
+    def save_going_back(self, step: int, state: Callable[[], dict[str, Any]], weights: nn.Module) -> None:
+        """Writes a checkpoint of `state()` for a training that has gone back to this step; those after it go."""
+        self.save(step, state, weights)
+        if self._team.is_main:
+            self._store.forget_after(step)
+
     def decide(self, step: int, *, last: bool = False) -> tuple[bool, bool]:
         """Whether a checkpoint is written after this step, and whether the stage stops then; the same on all ranks."""
         due = last or (self._team.is_main and self._cadence.due(step))

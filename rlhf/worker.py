@@ -6,6 +6,7 @@ It runs the stage with the recipe that the run directory holds; rank 0 writes th
 import errno
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -177,6 +178,8 @@ def disk_full(error: BaseException) -> bool:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         if any(sign in str(seen) for sign in ("No space left", "file write failed", "os error 28")):
+            return True
+        if re.fullmatch(r"\d+ requested and \d+ written", str(seen)):  # as NumPy says it
             return True
         seen = seen.__cause__ or seen.__context__
     return False

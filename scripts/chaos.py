@@ -331,7 +331,7 @@ def _full(references: References, mount: Path, what: str, stage: str, left: int)
     row = Row(what, stage, 1, tries=1)
     runs = interrupted_with_checkpoints(references, mount, stage, 1)
     if "texts" in what:
-        shutil.rmtree(stage_folder(runs, stage) / "texts")
+        shutil.rmtree(stage_folder(runs, stage).with_name("corpus"))
     kept = sorted(path.name for path in (stage_folder(runs, stage) / "checkpoints").glob("step-*[0-9]"))
     filler = mount / "filler"
     with filler.open("wb") as file:

@@ -32,13 +32,16 @@ def open_data(
     kind: data.Kind,
     split: Split,
     then: Callable[[Any], Any] | None = None,
+    *,
+    split_texts: bool = False,
 ) -> data.DataSet:
     """The rows of a recipe's sources as texts, conversations, prompts or comparisons, or as what `then` makes of each.
 
-    A UserError that `then` raises is the fault of the row, and obeys data.on_bad_row.
+    A UserError that `then` raises is the fault of the row, and obeys data.on_bad_row. With `split_texts` large plain
+    text files are several documents.
     """
     seed = derive_seed(recipe.seed, stage, kind, split)
-    opened = data.open_sources(sources, Path(recipe.data.root), kind, split, seed)
+    opened = data.open_sources(sources, Path(recipe.data.root), kind, split, seed, split_texts=split_texts)
     return data.DataSet(opened, kind, Faults(recipe.data.on_bad_row), seed, then)
 
 
@@ -92,9 +95,14 @@ def check_context(model: PreTrainedModel, key: str, tokens: int) -> None:
 
 
 def packed_texts(
-    job: Job, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+    job: Job,
+    sources: tuple[Source, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int | None,
+    name: str = "texts",
 ) -> tuple[PackedTokens, PackStats]:
-    """Texts as one file of token ids in STAGE/texts, written once by the first process, read in rows of `length`."""
+    """Texts as one file of token ids in STAGE/NAME, written once by the first process, read in rows of `length`."""
 
     def make(folder: Path) -> dict[str, Any]:
         if not job.team.is_main:
@@ -105,7 +113,7 @@ def packed_texts(
         report_faults(dataset)
         return stats._asdict()
 
-    kept = once(job, "texts", make)
+    kept = once(job, name, make)
     return PackedTokens(kept.path / "tokens.bin", len(tokenizer), length, seed), PackStats(**kept.facts)
 
 

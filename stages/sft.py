@@ -305,6 +305,7 @@ def _train(
             output=job.directory.path,
             seed=job.recipe.seed,
             stage="sft",
+            precision=job.recipe.precision,
             steps=settings.steps,
             size=size,
             passes=passes,

@@ -22,7 +22,7 @@ from rlhf.checkpoint import Checkpoint, load_tree, save_tree
 from rlhf.errors import StageFailed
 from rlhf.job import Job
 from rlhf.recipe import EarlyStoppingSection
-from rlhf.runtime import Bar, MetricsLog, derive_seed, log
+from rlhf.runtime import Bar, MetricsLog, derive_seed, log, uses_bfloat16
 from rlhf.saver import Saver
 
 
@@ -31,6 +31,7 @@ def trainer_arguments(
     output: Path,
     seed: int,
     stage: str,
+    precision: str,
     steps: int,
     size: int,
     passes: int,
@@ -59,7 +60,7 @@ def trainer_arguments(
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "max_grad_norm": gradient_clipping,
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": uses_bfloat16(precision),
         "use_cpu": not gpu,
         "gradient_checkpointing": False,
         "logging_steps": 1,  # the means over several steps are ours, so that they can go on after a checkpoint

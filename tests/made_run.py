@@ -132,6 +132,30 @@ CALIBRATION = {
     "points": [[5 + place % 30, (place * 37 % 100) / 25 - 2] for place in range(200)],
     "responses": 2000,
 }  # fmt: skip
+CORPUS = {
+    "prepared": True, "bad_rows": 0,
+    "in": {"documents": 1000, "bytes": 5_000_000, "tokens_estimated": 1_250_000},
+    "out": {"documents": 1250, "bytes": 4_500_000, "tokens": 1_125_000, "bytes_per_token": 4.0},
+    "sources": {
+        "<img src=x onerror=window.hacked=1>": {
+            "weight": 1.0, "in": {"documents": 700, "bytes": 3_000_000, "tokens_estimated": 750_000},
+            "out": {"documents": 650, "bytes": 2_700_000, "tokens": 675_000, "bytes_per_token": 4.0},
+            "removed": {"hashes": 10, "near_duplicates": 40},
+        },
+        "books": {
+            "weight": 2.0, "in": {"documents": 300, "bytes": 2_000_000, "tokens_estimated": 500_000},
+            "out": {"documents": 600, "bytes": 1_800_000, "tokens": 450_000, "bytes_per_token": 4.0}, "removed": {},
+        },
+    },
+    "removed": {
+        "hashes": {"documents": 10, "bytes": 40_000, "tokens_estimated": 10_000,
+                   "examples": [{"text": f"### {ATTACK}", "value": 0.25}]},
+        "near_duplicates": {"documents": 40, "bytes": 260_000, "tokens_estimated": 65_000,
+                            "examples": [{"text": "one copy", "of": f"another {ATTACK}", "value": 0.75}]},
+    },
+    "cleaned": {"unicode": 17}, "masked": {"email": 3}, "masked_documents": {"email": 2},
+    "settings": {"prepare.filters.hashes": 0.1}, "seconds": {"reading": 40.0, "packing": 25.5}, "files": ["a.jsonl"],
+}  # fmt: skip
 RECIPE = """\
 name: made
 description: {description}
@@ -154,7 +178,9 @@ def make_run(
     summaries = {
         "tokenizer": {**spent("tokenizer", 5.92), "vocab_size": 1024, "bytes_per_token": 3.2334, "texts": 8000},
         "pretrain": {**spent("pretrain", 161.0), "steps": 1172, "tokens": 1200128,
-                     **ci("validation_nats_per_token", 0.6643, 0.02), **ci("validation_bits_per_byte", 0.2992, 0.01)},
+                     **ci("validation_nats_per_token", 0.6643, 0.02), **ci("validation_bits_per_byte", 0.2992, 0.01),
+                     "rollbacks": [{"step": 278, "cause": f"the loss is 9.1 {ATTACK}", "back_to_step": 200,
+                                    "skipped_rows": [1600, 2632], "in_a_row": 1}]},
         "sft": {**spent("sft", 27.04), "steps": 400, "tokens": 354867, **ci("validation_nats_per_token", 0.3405, 0.02)},
         "reward": REWARD, "ppo": PPO, "evaluate": evaluation(list(tasks)),
     }  # fmt: skip
@@ -171,6 +197,7 @@ def make_run(
             },
         )  # fmt: skip
     _metrics(folder)
+    write(folder / "corpus" / "card.json", CORPUS)
     write(folder / "reward" / "calibration.json", CALIBRATION)
     write_lines(folder / "evaluate" / "responses.jsonl", [_answer(number) for number in range(3)])
     return folder
@@ -185,6 +212,9 @@ def _metrics(folder: Path) -> None:
     for stage in ("pretrain", "sft", "reward"):
         lines = [{"step": s, "loss": 1 + 60 / s, "learning_rate": 1e-3, "accuracy": 0.7, "time": s} for s in steps]
         lines += [{"step": 6000, "validation_nats_per_token": 1.2, "validation_loss": 0.5, "validation_accuracy": 0.8}]
+        if stage == "pretrain":
+            sources = {"books": 1.1357, ATTACK: 2.5}
+            lines += [{"step": 6000, **{f"validation_nats_per_token/{name}": nats for name, nats in sources.items()}}]
         write_lines(folder / stage / "metrics.jsonl", lines)
     shared = {"entropy": 0.3, "ended": 1.0, "clip_fraction": 0.1, "explained_variance": 0.5, "learning_rate": 1e-4}
     write_lines(

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.contamination import LONGEST_RUN, OverlapSearch
-from evaluation.tasks import Probe
-from evaluation.words import ngrams, words_of
+from evaluation.contamination import OverlapSearch
+from rlhf.data.overlap import LONGEST_RUN, Probe
+from rlhf.data.words import ngrams, words_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

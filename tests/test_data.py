@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,14 +131,48 @@ def test_every_line_is_a_row_a_blank_or_counted(tmp_path: Path, kinds: list[str]
     assert found.faults.counts.total() == len(kinds) - counts["good"] - counts["blank"]
 
 
-@given(texts=st.lists(st.text(), min_size=1), ascii_only=st.booleans(), zipped=st.booleans())
-def test_any_text_comes_back_as_it_was_written(
-    tmp_path: Path, texts: list[str], ascii_only: bool, zipped: bool
-) -> None:
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda data: zstandard.compress(data[: len(data) // 2]) + zstandard.compress(data[len(data) // 2 :]),
+}
+
+
+@given(texts=st.lists(st.text(), min_size=1), ascii_only=st.booleans(), ending=st.sampled_from(list(PACKED)))
+def test_any_text_comes_back_as_it_was_written(tmp_path: Path, texts: list[str], ascii_only: bool, ending: str) -> None:
     content = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts).encode()
-    path = tmp_path / ("rows.jsonl.gz" if zipped else "rows.jsonl")
-    path.write_bytes(gzip.compress(content) if zipped else content)
+    path = tmp_path / f"rows.jsonl{ending}"
+    path.write_bytes(PACKED[ending](content))
     assert texts_of(path) == texts
+
+
+def test_a_small_zstd_file_that_holds_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    packer = zstandard.ZstdCompressor(level=1).compressobj()
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"".join([*(packer.compress(bytes(2**20)) for _ in range(300)), packer.flush()]))
+    assert path.stat().st_size < 20_000
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"line 1: longer than 16 MiB"):
+        list(read_rows(path, Faults()))
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+
+
+@given(st.lists(st.text("ab \n", min_size=1, max_size=40), min_size=1, max_size=30))
+def test_long_plain_texts_come_in_parts(tmp_path: Path, texts: list[str]) -> None:
+    whole = "".join(texts) + "é"
+    path = tmp_path / "rows.txt"
+    path.write_bytes(whole.encode())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reader, "WHOLE_TEXT_BYTES", 50)
+        patched.setattr(reader, "PART_CHARACTERS", 30)
+        rows = list(read_rows(path, Faults(), split_texts=True))
+    parts = [row.value["text"] for row in rows]
+    assert "".join("".join(parts).split()) == "".join(whole.split())
+    assert len(parts) == 1 or len(whole.encode()) > 50
+    assert all(len(part) <= 60 for part in parts) or len(parts) == 1
+    lines = whole.split("\n")
+    assert all(lines[row.line - 1].endswith(row.value["text"].split("\n")[0]) for row in rows if len(parts) > 1)
 
 
 def test_a_line_may_be_as_long_as_the_limit_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +202,7 @@ def test_the_limit_holds_for_a_last_line_without_newline(
 
 
 ZIPPED = gzip.compress(b"\n".join([GOOD] * 500))
+ZSTD = zstandard.compress(b"\n".join([GOOD, *(b'{"text": "%d"}' % n for n in range(500))]))
 NOT_READABLE = [
     pytest.param("rows.jsonl", b"", "no good row: the file is empty", id="empty"),
     pytest.param("rows.jsonl", b"\n\n \r\n\n", "no good row: the file is empty", id="blank lines only"),
@@ -173,6 +211,11 @@ NOT_READABLE = [
     pytest.param("rows.jsonl.gz", ZIPPED[:-8] + b"\0" * 8, "not a gzip file, or a damaged one", id="gzip checksum"),
     pytest.param("rows.jsonl.gz", GOOD + b"\n", "not a gzip file, or a damaged one", id="not gzip"),
     pytest.param("rows.jsonl.gz", b"", "the file is empty", id="empty gzip"),
+    pytest.param("rows.jsonl.zst", ZSTD[: len(ZSTD) // 2], "the zstd file is cut short", id="cut zstd"),
+    pytest.param("rows.jsonl.zst", ZSTD + ZSTD[:-1], "the zstd file is cut short", id="cut second frame"),
+    pytest.param("rows.jsonl.zst", ZSTD[:-8] + b"\0" * 8, "not a zstd file, or a damaged one", id="damaged zstd"),
+    pytest.param("rows.txt.zst", GOOD + b"\n", "not a zstd file, or a damaged one", id="not zstd"),
+    pytest.param("rows.jsonl.zst", b"", "the file is empty", id="empty zstd"),
     pytest.param("rows.txt", b"line\nsecond \xff\n", "line 2: not UTF-8 text", id="text of another encoding"),
     pytest.param("rows.txt", b" \n\n", "the file is empty", id="blank text"),
     pytest.param("rows.parquet", b"PAR1 no", "not a Parquet file", id="not Parquet"),

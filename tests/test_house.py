@@ -15,6 +15,7 @@ FLOORS = [
         "rlhf.model",
         "rlhf.likelihood",
         "rlhf.muon",
+        "rlhf.products",
         "rlhf.tokenizer",
         "rlhf.runtime",
         "rlhf.checkpoint",

@@ -11,7 +11,7 @@ import torch
 
 from evaluation import plots, preference
 from evaluation.preference import Answer, Outcome
-from evaluation.words import words_of
+from rlhf.data.words import words_of
 from rlhf.functional.bradley_terry import bootstrap_weights, pair_losses, preference_loss
 from rlhf.functional.intervals import Estimate, proportion_estimate
 

@@ -6,7 +6,15 @@ import pytest
 import yaml
 
 from rlhf.errors import RecipeError
-from rlhf.recipe import dump_recipe, load_recipe, parse_recipe, result_fields, shipped_recipes
+from rlhf.recipe import (
+    dump_recipe,
+    fields_at_default,
+    load_recipe,
+    newer_keys,
+    parse_recipe,
+    result_fields,
+    shipped_recipes,
+)
 
 MINIMAL = {
     "name": "mini",
@@ -33,6 +41,28 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", ["seed=7", "ppo.kl.coefficient=0.1", "name=other"])
     again = load_recipe(write(tmp_path / "resolved.yaml", dump_recipe(recipe)))
     assert again == recipe
+
+
+@pytest.mark.parametrize("off", ["off", "false", "null"])
+def test_what_is_off_stays_off_in_the_resolved_recipe(tmp_path: Path, off: str) -> None:
+    given = [f"pretrain.prepare.{key}={off}" for key in ("near_duplicates", "filters.hashes")]
+    recipe = load_recipe("quickstart", given)
+    assert recipe.pretrain and recipe.pretrain.prepare and recipe.pretrain.prepare.filters
+    assert recipe.pretrain.prepare.near_duplicates is None
+    assert recipe.pretrain.prepare.filters.hashes is None
+    assert recipe.pretrain.prepare.filters.ellipses == 0.1
+    assert load_recipe(write(tmp_path / "resolved.yaml", dump_recipe(recipe))) == recipe
+
+
+def test_a_section_that_somebody_wrote_is_not_at_its_default() -> None:
+    with_adapters = load_recipe("quickstart", ["sft.lora={}"]).sft
+    assert with_adapters is not None
+    assert not any(key.startswith("lora") for key in fields_at_default(with_adapters))
+    keys = {"prepare.filters.hashes", "prepare.near_duplicates.min_words", "spikes.rise", "lora"}
+    assert newer_keys(keys, {"prepare.near_duplicates": None, "lora": None, "spikes.action": "stop"}) == {
+        "prepare.filters.hashes",
+        "spikes.rise",
+    }
 
 
 @pytest.mark.parametrize(

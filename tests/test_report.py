@@ -103,11 +103,22 @@ def test_the_numbers_are_the_summaries(html: str) -> None:
     assert shown.row("recall_things", "200")[4] == "no"
     assert shown.row("arc_easy", "acc")[2] == "0.2625 ± 0.0125"
     assert shown.row("pretrain", "787,840") == ["pretrain", "787,840", "2:41", "241.5", "500", "1 × 2", "cpu", "0.67"]
+    assert shown.row("books") == ["books", "2", "300", "2.0", "–", "600", "1.8", "450,000", "4.00"]
+    assert shown.row("hashes") == ["hashes", "0.1", "10", "1.00 %", "0.040", "10,000"]
+    assert shown.row("near_duplicates") == ["near_duplicates", "–", "40", "4.00 %", "0.260", "65,000"]
     text = " ".join(" ".join(shown.texts).split())
+    assert "unicode 17" in text and "email 3" in text and "[0.75] one copy like: another" in text
     assert "PPO raised the gold reward from 0.41 to 0.87 of 1.00 at a KL of 2.0 nats" in text
     assert "few-shot accuracy at 8 demonstrations (2 tasks) from 0.93 to 0.95" in text
     for fact in ("The secret is 4711", "score_follows_length", "it is the length", "rlhf run all --recipe made.yaml"):
         assert fact in text
+
+
+def test_pretraining_tells_its_rollbacks_and_its_sources(html: str) -> None:
+    text = " ".join(" ".join(Shown(html).texts).split())
+    assert "Rolled back at step 278 to step 200: the loss is 9.1" in text
+    assert "Held out, by source ends at" in text
+    assert "1.136 (books)" in text
 
 
 def test_what_is_not_available_says_why(html: str) -> None:

@@ -20,8 +20,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright isn't i
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SECTIONS = (
-    "outcome", "chain", "curves", "evaluation", "gains", "fewshot", "contamination", "wins", "reward", "optimisation",
-    "answers", "lineage",
+    "outcome", "chain", "corpus", "curves", "evaluation", "gains", "fewshot", "contamination", "wins", "reward",
+    "optimisation", "answers", "lineage",
 )  # fmt: skip
 # what of a section can be seen, its heading apart: characters of text, and charts of some size
 SEEN = """section => ({

@@ -122,6 +122,16 @@ def test_naughty_text_comes_back_byte_for_byte(tokenizer: PreTrainedTokenizerBas
     assert not set(ids) & set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
 
 
+@pytest.mark.parametrize("text", NAUGHTY)
+def test_ids_are_those_of_the_tokenizer_itself(
+    tokenizer: PreTrainedTokenizerBase, chat_tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    for one in (tokenizer, chat_tokenizer):
+        one("a b c", truncation=True, max_length=1)  # what was asked last time changes nothing
+        found = encode_texts(one, [text, "more"])
+        assert found == one([text, "more"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 @given(text=st.text())
 def test_any_text_comes_back(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(encode_texts(tokenizer, [text])[0]) == text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.report.compare import as_json, comparison
+from evaluation.report.corpus import corpus
 from evaluation.report.curves import curves
 from evaluation.report.document import Document, cut
 from evaluation.report.gains import gains
@@ -65,6 +66,7 @@ def document(report: Report, room: Room) -> Document:
     sections = [
         headline(report),
         chain(report),
+        corpus(report),
         curves(report),
         evaluation(report),
         gains(report),

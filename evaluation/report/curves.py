@@ -7,11 +7,17 @@ from typing import NamedTuple
 from evaluation.report.charts import Line, draw_lines
 from evaluation.report.document import Block, Chart, Charts, Paragraph, Section
 from evaluation.report.gather import Report, StageReport
+from evaluation.report.reading import one_line
 from rlhf.runtime import format_number
+
+MOST_LINES, MOST_ROLLBACKS = 8, 5
 
 
 class Plot(NamedTuple):
-    """What one chart shows of a stage: keys of its metrics, each with the name of its line."""
+    """What one chart shows of a stage: keys of its metrics, each with the name of its line.
+
+    A key that ends in `/*` stands for all that begin so; their lines are called by what comes in its place.
+    """
 
     title: str
     unit: str
@@ -24,7 +30,10 @@ RATE = Plot("Learning rate", "learning rate", {"learning_rate": "rate"})
 PLOTS: dict[str, tuple[Plot, ...]] = {
     "pretrain": (
         Plot("Loss", "nats per token", {"loss": "training", "validation_nats_per_token": "held out"}, falling=True),
+        Plot("Held out, by source", "nats per token", {"validation_nats_per_token/*": ""}, falling=True),
         RATE,
+        Plot("Batch", "tokens per step", {"tokens_per_step": "batch"}),
+        Plot("Utilisation", "of the matrix product's peak", {"model_flops_utilisation": "FLOPs"}, share=True),
     ),
     "sft": (
         Plot("Loss", "nats per token", {"loss": "training", "validation_nats_per_token": "held out"}, falling=True),
@@ -59,7 +68,7 @@ def curves(report: Report) -> Section:
         if drawn:
             blocks.append(Paragraph(name, "heading"))
             blocks.append(Charts(drawn))
-            blocks.extend(Paragraph(told, "note") for told in _left_out(stage))
+            blocks.extend(Paragraph(told, "note") for told in (*_left_out(stage), *_rolled_back(stage)))
         else:
             blocks.append(Paragraph(f"{name} has logged nothing yet ({stage.state}). Run: {stage.command}", "missing"))
     return Section("curves", "Curves", blocks or [Paragraph("No stage of this run logs its course.", "missing")])
@@ -83,10 +92,11 @@ def _drawn(name: str, stages: dict[str, StageReport]) -> Iterator[Chart]:
     """The charts of one stage of one run, or of several runs by their letters."""
     across = "update" if name == "ppo" else "step"
     for plot in PLOTS[name]:
+        named = {key: said for stage in stages.values() for key, said in _named(plot, stage)}
         lines = [
-            Line(f"{letter} {said}".strip() if len(plot.keys) > 1 or not letter else letter, curve.steps, curve.values)
+            Line(f"{letter} {said}".strip() if len(named) > 1 or not letter else letter, curve.steps, curve.values)
             for letter, stage in stages.items()
-            for key, said in plot.keys.items()
+            for key, said in named.items()
             if (curve := stage.curves.get(key)) and curve.values
         ]
         if lines:
@@ -95,6 +105,32 @@ def _drawn(name: str, stages: dict[str, StageReport]) -> Iterator[Chart]:
                 draw_lines, title=plot.title, labels=labels, lines=lines, share=plot.share, falling=plot.falling
             )
             yield Chart(draw, f"{plot.title} ends at {', '.join(_end(line, len(lines)) for line in lines)}.")
+
+
+def _named(plot: Plot, stage: StageReport) -> Iterator[tuple[str, str]]:
+    """The keys of a plot that the stage has logged, with the names of their lines."""
+    for key, said in plot.keys.items():
+        beginning = key.removesuffix("*")
+        if beginning == key:
+            yield key, said
+        else:
+            found = sorted(each for each in stage.curves if each.startswith(beginning))
+            yield from ((each, one_line(each.removeprefix(beginning), 30)) for each in found[:MOST_LINES])
+
+
+def _rolled_back(stage: StageReport) -> Iterator[str]:
+    """What was done about spikes of the loss."""
+    found = stage.summary.get("rollbacks") if stage.summary else None
+    rollbacks = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    for each in rollbacks[:MOST_ROLLBACKS]:
+        rows = each.get("skipped_rows")
+        skipped = f"; rows {rows[0]} to {rows[1]} were skipped" if isinstance(rows, list) and len(rows) == 2 else ""
+        told = (
+            f"Rolled back at step {each.get('step')} to step {each.get('back_to_step')}: {each.get('cause')}{skipped}."
+        )
+        yield one_line(told, 200)
+    if len(rollbacks) > MOST_ROLLBACKS:
+        yield f"And {len(rollbacks) - MOST_ROLLBACKS:,} rollbacks more."
 
 
 def _end(line: Line, of: int) -> str:

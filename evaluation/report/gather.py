@@ -54,10 +54,16 @@ class Report(NamedTuple):
     recipe: dict[str, Any]
     recipe_text: str
     stages: dict[str, StageReport]
+    corpus: dict[str, Any]  # corpus/card.json
     calibration: dict[str, Any]  # reward/calibration.json
     answers: list[dict[str, Any]]  # the first lines of evaluate/responses.jsonl
     answers_in_all: int
     pictures: dict[str, str]  # of runs without calibration.json: what it shows -> data URI
+
+    @property
+    def run_dir(self) -> Path:
+        """Where it is."""
+        return Path(self.directory)
 
     def summary(self, stage: str) -> dict[str, Any]:
         """A stage's summary; empty where it isn't complete or isn't part of the run."""
@@ -95,6 +101,7 @@ def gather(run_dir: Path) -> Report:
         recipe=recipe,
         recipe_text=file.read_text(encoding="utf-8-sig", errors="replace"),
         stages={name: _stage(run, name) for name in listed},
+        corpus=finite(_object(run_dir / "corpus" / "card.json")),
         calibration=calibration,
         answers=answers,
         answers_in_all=in_all,

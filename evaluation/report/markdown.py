@@ -12,7 +12,7 @@ SPECIAL = re.compile(r"([\\`*_\[\]|~$&])")
 AT_THE_START = re.compile(r"^([-+=#]|\d+(?=[.)](?:\s|$)))")  # what makes a list, a heading or a rule of a line
 # what becomes a link or names somebody by itself: with a character of no width in it, it doesn't
 LINKS_ITSELF = re.compile(r"(?i)(@|://|www\.|#)(?=\w)")
-SECTIONS = ("outcome", "differs", "chain", "evaluation", "gains", "optimisation")
+SECTIONS = ("outcome", "differs", "chain", "corpus", "evaluation", "gains", "optimisation")
 
 
 def markdown(document: Document) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rlhf.data.files import source_files
 from rlhf.data.reader import Faults, Row, read_rows
@@ -36,6 +36,10 @@ class DataSet:
         self._sources, self._kind, self.faults, self._seed, self._then = sources, kind, faults, seed, then
 
     def __iter__(self) -> Iterator[Any]:
+        return (item for good in self.weighted() for item in good.items)
+
+    def weighted(self) -> Iterator["Good"]:
+        """Every good row, as often as its source's weight says."""
         self.faults.clear()
         found = False
         for number, source in enumerate(self._sources):
@@ -43,24 +47,50 @@ class DataSet:
             times, rest = divmod(source.weight, 1.0)
             for again in range(int(times)):
                 # a further pass meets the same bad rows: they are counted once
-                for items in self._rows(source, Faults("skip") if again else self.faults):
+                for row in self._rows(number, Faults("skip") if again else self.faults):
                     found = True
-                    yield from items
-            for items in self._rows(source, Faults("skip") if times else self.faults) if rest else ():
+                    yield row
+            for row in self._rows(number, Faults("skip") if times else self.faults) if rest else ():
                 if draw.share(rest):
                     found = True
-                    yield from items
+                    yield row
         if not found:
-            raise DataError(f"no good row in {', '.join(str(source) for source in self._sources)}: {self._why()}")
+            raise self.nothing("nothing was left after rows and weight")
 
-    def _why(self) -> str:
-        return self.faults.report() or "nothing was left after rows and weight"
+    def once(self) -> Iterator["Good"]:
+        """Every good row once, whatever the weights."""
+        self.faults.clear()
+        for number in range(len(self._sources)):
+            yield from self._rows(number, self.faults)
 
-    def _rows(self, source: "OpenSource", faults: Faults) -> Iterator[list[Any]]:
-        """The items of each row of one source, of at most as many rows as it may give; a bad row doesn't count."""
-        return islice(self._good(source, faults), source.limit)
+    def nothing(self, otherwise: str) -> DataError:
+        """What to raise where no row is left; `otherwise` is why, if none was bad."""
+        names = ", ".join(str(source) for source in self._sources)
+        return DataError(f"no good row in {names}: {self.faults.report() or otherwise}")
 
-    def _good(self, source: "OpenSource", faults: Faults) -> Iterator[list[Any]]:
+    @property
+    def read(self) -> int:
+        """How many bytes of its files have been read."""
+        return sum(source.read for source in self._sources)
+
+    @property
+    def size(self) -> int | None:
+        """How many bytes one pass over the rows reads; None where they are not all rows of files."""
+        sizes = [source.size for source in self._sources if source.limit is None]
+        return None if len(sizes) < len(self._sources) or None in sizes else sum(size or 0 for size in sizes)
+
+    @property
+    def limit(self) -> int | None:
+        """How many rows there are at most; None where a source has no limit."""
+        limits = [source.limit for source in self._sources]
+        return None if None in limits else sum(limit or 0 for limit in limits)
+
+    def _rows(self, number: int, faults: Faults) -> Iterator["Good"]:
+        """Each row of one source with its items, at most as many rows as it may give; a bad row doesn't count."""
+        return islice(self._good(number, faults), self._sources[number].limit)
+
+    def _good(self, number: int, faults: Faults) -> Iterator["Good"]:
+        source = self._sources[number]
         for row in source.rows(faults):
             try:
                 items = to_items(row.value, source.shape, self._kind)
@@ -68,7 +98,15 @@ class DataSet:
             except (Malformed, UserError) as fault:
                 faults.bad(row.path, row.line, str(fault), row.unit)
                 continue
-            yield made
+            yield Good(number, row, made)
+
+
+class Good(NamedTuple):
+    """A good row."""
+
+    source: int  # its place in the list of sources
+    row: Row
+    items: list[Any]  # what it gives
 
 
 class OpenSource:
@@ -81,19 +119,31 @@ class OpenSource:
         rows: Callable[[Faults], Iterator[Row]],
         limit: int | None,
         shape: Shape = "trl",
+        size: int | None = None,
     ) -> None:
-        self.name, self.weight, self.rows, self.limit, self.shape = name, weight, rows, limit, shape
+        """`size` is that of its files in bytes, where there are any."""
+        self.name, self.weight, self.rows, self.limit, self.shape, self.size = name, weight, rows, limit, shape, size
+        self.read = 0
+
+    def count(self, size: int) -> None:
+        """Tells that so many bytes of its files were read."""
+        self.read += size
 
     def __str__(self) -> str:
         return self.name
 
 
-def open_sources(sources: tuple[Source, ...], root: Path, kind: Kind, split: Split, seed: int) -> list[OpenSource]:
-    """What a recipe's list of sources means. `split` is the part of the built-in world that may be read."""
-    return [_opened(source, root, kind, split, seed) for source in sources]
+def open_sources(
+    sources: tuple[Source, ...], root: Path, kind: Kind, split: Split, seed: int, *, split_texts: bool = False
+) -> list[OpenSource]:
+    """What a recipe's list of sources means. `split` is the part of the built-in world that may be read.
+
+    With `split_texts` a large plain text file is several documents; see rlhf.data.reader.
+    """
+    return [_opened(source, root, kind, split, seed, split_texts) for source in sources]
 
 
-def _opened(source: Source, root: Path, kind: Kind, split: Split, seed: int) -> OpenSource:
+def _opened(source: Source, root: Path, kind: Kind, split: Split, seed: int, split_texts: bool) -> OpenSource:
     if source.builtin:
         if source.format != "trl":
             raise RecipeError(f"builtin: {source.builtin} makes rows of TRL's shape; leave out format: {source.format}")
@@ -101,17 +151,25 @@ def _opened(source: Source, root: Path, kind: Kind, split: Split, seed: int) -> 
     taken = (source.weight, source.rows, source.format)
     if source.hub:
         return from_hub(source.hub, source.subset, source.split, source.streaming, *taken)
-    return from_files(source_files(source, root), *taken)
+    return from_files(source_files(source, root), *taken, split_texts=split_texts)
 
 
-def from_files(paths: list[Path], weight: float = 1.0, limit: int | None = None, shape: Shape = "trl") -> OpenSource:
+def from_files(
+    paths: list[Path],
+    weight: float = 1.0,
+    limit: int | None = None,
+    shape: Shape = "trl",
+    *,
+    split_texts: bool = False,
+) -> OpenSource:
     """All rows of these files, one file after the other."""
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more files"
 
     def rows(faults: Faults) -> Iterator[Row]:
-        return (row for path in paths for row in read_rows(path, faults))
+        return (row for path in paths for row in read_rows(path, faults, found.count, split_texts=split_texts))
 
-    return OpenSource(name, weight, rows, limit, shape)
+    found = OpenSource(name, weight, rows, limit, shape, sum(path.stat().st_size for path in paths))
+    return found
 
 
 def from_hub(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,14 +37,22 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+class Rows(Protocol):
+    """Rows of tokens in an endless training order, so that a run can go on at any place of it."""
+
+    def batch(self, places: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets [len(places), length], int64, of the rows at these places of the training order."""
+        ...
+
+
 class PackedTokens:
     """Rows of `length` tokens of a packed file, each with the token that follows, as inputs and targets.
 
     The row at place i of the training order is a function of (seed, i) alone: every pass goes through all rows in a
-    new random order, so a run can go on at any step, with any number of processes.
+    new random order, or, without a seed, as they stand. So a run can go on at any step, with any number of processes.
     """
 
-    def __init__(self, path: Path, vocab_size: int, length: int, seed: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, length: int, seed: int | None) -> None:
         kind = token_dtype(vocab_size)
         self._tokens = np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
         self._length, self._seed = length, seed
@@ -61,6 +69,8 @@ class PackedTokens:
     def row_at(self, place: int) -> int:
         """Which row is read at this place of the endless training order."""
         epoch, index = divmod(place, self.rows)
+        if self._seed is None:
+            return index
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self.rows))
         return int(self._order[1][index])
@@ -71,3 +81,20 @@ class PackedTokens:
         rows = np.stack([self._tokens[start : start + self._length + 1] for start in starts]).astype(np.int64)
         whole = torch.from_numpy(rows)
         return whole[:, :-1], whole[:, 1:]
+
+
+class ReplayedTokens:
+    """New rows with old ones among them: of the first n places of the training order floor(n share) are old."""
+
+    def __init__(self, new: PackedTokens, old: PackedTokens, share: float) -> None:
+        self._new, self._old, self._share = new, old, share
+
+    def batch(self, places: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets [len(places), length], int64, of the rows at these places of the training order."""
+        found = [self._row(place) for place in places]
+        return torch.cat([inputs for inputs, _ in found]), torch.cat([targets for _, targets in found])
+
+    def _row(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        before, after = int(place * self._share), int((place + 1) * self._share)
+        source, at = (self._old, before) if after > before else (self._new, place - before)
+        return source.batch(range(at, at + 1))

@@ -1,20 +1,22 @@
 """What the training texts tell: which tasks' items occur in them, and which documents a model may have memorised."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluation.contamination import OverlapSearch
 from evaluation.memorisation import Document, DocumentSample
-from evaluation.tasks import Probe
+from rlhf.data.overlap import Probe
 from rlhf.job import Job
 from rlhf.recipe import Recipe, training_sources
-from rlhf.rundir import write_atomically
+from rlhf.rundir import RunDir, write_atomically
 from rlhf.runtime import Bar, derive_seed, log
 from rlhf.saver import once
 from rlhf.team import Team
 from stages.common import open_data, report_faults
+from stages.corpus import corpus_of, tokenizer_of
 
 DOCUMENTS = "documents.jsonl"
 BATCH = 500  # texts
@@ -33,12 +35,12 @@ def read_training(recipe: Recipe, probes: dict[str, list[Probe]], team: Team, jo
     if not training_sources(recipe):
         return None
     if job is None:
-        return _read(recipe, probes)
+        return _read(recipe, probes, None)
 
     def make(folder: Path) -> dict[str, Any]:
         if not team.is_main:
             return {}
-        found = _read(recipe, probes)
+        found = _read(recipe, probes, job.run)
         lines = (json.dumps(document._asdict(), ensure_ascii=False) for document in found.documents)
         write_atomically(folder / DOCUMENTS, "".join(f"{line}\n" for line in lines))
         return {"contamination": found.contamination, "overlaps": found.overlaps}
@@ -48,14 +50,14 @@ def read_training(recipe: Recipe, probes: dict[str, list[Probe]], team: Team, jo
     return TrainingTexts(**kept.facts, documents=[Document(**json.loads(line)) for line in lines if line])
 
 
-def _read(recipe: Recipe, probes: dict[str, list[Probe]]) -> TrainingTexts:
+def _read(recipe: Recipe, probes: dict[str, list[Probe]], run: RunDir | None) -> TrainingTexts:
     assert recipe.evaluate is not None
     settings = recipe.evaluate.memorisation
     search = OverlapSearch(probes)
     sample = DocumentSample(settings.repeated, settings.random, derive_seed(recipe.seed, "evaluate", "documents"))
     log("evaluate: reading the training texts")
     with Bar("evaluate: training texts", None) as bar:
-        for key, texts in _training_texts(recipe):
+        for key, texts in _training_texts(recipe, run):
             search.read(texts)
             if key != "sft.train":  # a conversation is never read as it stands
                 sample.read(texts)
@@ -68,17 +70,21 @@ def _read(recipe: Recipe, probes: dict[str, list[Probe]]) -> TrainingTexts:
     return TrainingTexts(contamination, overlaps, sample.documents())
 
 
-def _training_texts(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+def _training_texts(recipe: Recipe, run: RunDir | None) -> Iterator[tuple[str, list[str]]]:
     """The very texts that the stages were trained on, a batch at a time, with the key that names them."""
     for key, sources in training_sources(recipe).items():
         stage, _, _ = key.partition(".")
+        corpus = corpus_of(run) if run and key == "pretrain.train" else None
+        if run and corpus and corpus.card["prepared"]:  # what was removed, nobody was trained on
+            yield from ((key, batch) for batch in _batches(corpus.texts(tokenizer_of(recipe, run))))
+            continue
         dataset = open_data(recipe, stage, sources, "conversations" if stage == "sft" else "texts", "train")
-        batch: list[str] = []
-        for item in dataset:
-            batch.append("\n".join(turn["content"] for turn in item) if stage == "sft" else item)
-            if len(batch) == BATCH:
-                yield key, batch
-                batch = []
-        if batch:
-            yield key, batch
+        texts = ("\n".join(turn["content"] for turn in item) if stage == "sft" else item for item in dataset)
+        yield from ((key, batch) for batch in _batches(texts))
         report_faults(dataset)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    found = iter(texts)
+    while batch := list(islice(found, BATCH)):
+        yield batch

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.model import accelerator_bytes
+from rlhf.model import accelerator_bytes, tokens_fitting
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing, Response, build_engine, uniforms
 from rlhf.team import Team
@@ -30,11 +30,7 @@ class Budget(NamedTuple):
     @classmethod
     def of(cls, settings: PpoSection, model: PreTrainedModel) -> "Budget":
         """The recipe's; or else as many tokens as have about those ACTIVATIONS in a Transformer."""
-        config = model.config.get_text_config()
-        width, layers = config.hidden_size, config.num_hidden_layers
-        inner = getattr(config, "intermediate_size", None) or 4 * width
-        most = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
-        fitting = max(256, most // (4 * layers * (12 * width + 4 * inner)))
+        fitting = max(256, tokens_fitting(model, accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS))
         return cls(settings.microbatch_tokens or fitting, settings.microbatch_size or settings.episodes_per_update)
 
 

@@ -34,7 +34,7 @@ class Stage:
         assert recipe.ppo is not None
         self.job, self.settings = job, recipe.ppo
         s = self.settings
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(job.recipe.precision)
         self.start = start = starting_model(recipe, job.run, "ppo")
         tokenizer = start.tokenizer()
         self.roles = build_roles(recipe, job.run, start, tokenizer, accelerator.device)

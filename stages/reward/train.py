@@ -124,6 +124,7 @@ def _arguments(job: Job, settings: RewardSection, steps: int, size: int, passes:
             output=job.directory.path,
             seed=job.recipe.seed,
             stage="reward",
+            precision=job.recipe.precision,
             steps=steps,
             size=size,
             passes=passes,

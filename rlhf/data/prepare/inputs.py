@@ -1,0 +1,50 @@
+"""What decides how a corpus comes out: its fingerprint. Imports nothing heavy."""
+
+from pathlib import Path
+from typing import Any
+
+import rlhf
+from rlhf.data.files import source_files
+from rlhf.recipe import Recipe, result_fields
+from rlhf.rundir import digest_file, digest_folder
+
+
+def corpus_inputs(recipe: Recipe, tokenizer: str) -> dict[str, Any]:
+    """Everything that decides the corpus of a recipe with a section `pretrain`, flat; `tokenizer` is its digest."""
+    section = recipe.pretrain
+    assert section is not None
+    fields = result_fields(section)
+    root = Path(recipe.data.root)
+    found: dict[str, Any] = {
+        key: value for key, value in fields.items() if key == "train" or key.split(".")[0] == "prepare"
+    }
+    found |= {"seed": recipe.seed, "data.on_bad_row": recipe.data.on_bad_row, "tokenizer": tokenizer}
+    for source in section.train:
+        for path in source_files(source, root):
+            found[f"file {path.relative_to(root) if path.is_relative_to(root) else path}"] = digest_file(path)
+    if any(source.builtin for source in section.train):
+        found["tinyworld"] = _tinyworld()
+    return found | task_inputs(recipe)
+
+
+def task_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What of few-shot tasks decides a corpus: which are kept out of it, which it is made of."""
+    prepare = recipe.pretrain.prepare if recipe.pretrain else None
+    found: dict[str, Any] = {}
+    if prepare is None:
+        return found
+    fewshot = recipe.evaluate.fewshot if recipe.evaluate and prepare.decontamination else None
+    named = [*(fewshot.tasks if fewshot else ()), *(prepare.incontext.tasks if prepare.incontext else ())]
+    for task in named:
+        if task != "tinyworld":
+            path = Path(recipe.data.root) / task
+            found[f"tasks {task}"] = digest_folder(path if path.is_dir() else path.parent)
+    if fewshot:
+        found["evaluate.fewshot.tasks"] = list(fewshot.tasks)
+        if "tinyworld" in fewshot.tasks:
+            found |= {"evaluate.fewshot.items": fewshot.items, "tinyworld": _tinyworld()}
+    return found
+
+
+def _tinyworld() -> str:
+    return digest_folder(Path(rlhf.__file__).parent / "tinyworld")

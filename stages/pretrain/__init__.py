@@ -1,0 +1,189 @@
+"""The pretrain stage: next-token prediction, our own loop on Accelerate.
+
+From random weights, or, with `base`, from those of a model, whose tokenizer is kept and whose earlier texts may be
+replayed. Documents are packed end to end in a memory-mapped file.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.tokens import PackedTokens, PackStats, ReplayedTokens, Rows
+from rlhf.job import Job
+from rlhf.model import (
+    accelerator_bytes,
+    build_causal_lm,
+    causal_lm_config,
+    check_vocabulary,
+    count_parameters,
+    model_card,
+    save_model,
+    tokens_fitting,
+)
+from rlhf.products import use_onednn
+from rlhf.recipe import PretrainSection, Recipe, microbatches
+from rlhf.runtime import derive_seed, log, make_accelerator
+from rlhf.tokenizer import begin_id, load_tokenizer, token_info
+from stages.common import card_facts, check_context, context_of, named_model, packed_texts
+from stages.corpus import Corpus, training_corpus
+from stages.pretrain.plan import Plan
+from stages.pretrain.training import Outcome, Training
+from stages.pretrain.validation import QUICK, Measured, Validation
+
+ACTIVATIONS = 2**31  # bytes of a forward pass; on a GPU:
+ACTIVATIONS_SHARE = 1 / 4  # of its memory
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains the base model and saves it in pretrain/model."""
+    recipe = job.recipe
+    settings = recipe.pretrain
+    assert settings is not None
+    accelerator = make_accelerator(recipe.precision)
+    if accelerator.device.type == "cpu" and use_onednn():
+        log("pretrain: matrix products by oneDNN, which is faster than MKL on this processor")
+    model, tokenizer = _beginning(job)
+    texts = _texts(job, settings, tokenizer)
+    validation = Validation(recipe, settings.validation)
+    plan = Plan(settings)
+    model.to(accelerator.device)
+    mine, _ = microbatches(recipe, "pretrain", job.team.size)
+    size = settings.microbatch_size or _rows_fitting(model, settings, mine)
+    _announce(job, settings, model, plan, size, texts.corpus.stats)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    measure = partial(validation.measure, model, tokenizer, context_of(model), job.team)
+    before = measure() if recipe.base else None
+
+    def on_the_way() -> dict[str, Any]:
+        found = measure(most=QUICK)
+        return {**found.figures(), **found.lines()}
+
+    begin = begin_id(tokenizer) if settings.isolate_documents else None
+    training = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way)
+    outcome = training.run()
+    summary = _summary(model, plan, texts.corpus, outcome, measure(), before)
+    if job.team.is_main:
+        what = "trained from random weights" if recipe.base is None else f"trained further from {recipe.base}"
+        card = model_card(
+            f"{recipe.name}: base model",
+            f"A causal language model {what} on next-token prediction.",
+            card_facts(summary, "parameters", "tokens", "validation_nats_per_token", "validation_bits_per_byte"),
+        )
+        save_model(model, tokenizer, job.directory.model, card)
+    return summary
+
+
+# Before the training
+
+
+def _beginning(job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of random weights with the tokenizer stage's tokenizer, or the base with its own."""
+    recipe = job.recipe
+    assert recipe.pretrain is not None
+    if recipe.base is None:
+        tokenizer = load_tokenizer(job.run.stage("tokenizer").model)
+        return _new_model(recipe, tokenizer), tokenizer
+    start = named_model(recipe, recipe.base)
+    model, tokenizer = start.causal_lm(), start.tokenizer()
+    check_vocabulary(model, tokenizer, recipe.base)
+    check_context(model, "pretrain.sequence_length", recipe.pretrain.sequence_length)
+    return model, tokenizer
+
+
+def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    m = recipe.model
+    torch.manual_seed(derive_seed(recipe.seed, "pretrain", "weights"))
+    return build_causal_lm(
+        causal_lm_config(
+            m.architecture,
+            vocab_size=len(tokenizer),
+            layers=m.layers,
+            width=m.width,
+            heads=m.heads,
+            kv_heads=m.kv_heads,
+            mlp_width=m.mlp_width,
+            context=m.context,
+            rope_theta=m.rope_theta,
+            initializer_range=m.initializer_range,
+            sliding_window=m.sliding_window,
+            sliding_layers=m.sliding_layers,
+            tie_embeddings=m.tie_embeddings,
+            special=token_info(tokenizer),
+        ),
+        m.initialisation,
+    )
+
+
+class _Texts(NamedTuple):
+    rows: Rows
+    corpus: Corpus  # the new ones
+
+
+def _texts(job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBase) -> _Texts:
+    """The training texts, with those that are replayed among them."""
+    seed = derive_seed(job.recipe.seed, "pretrain", "order") if settings.order == "shuffled" else None
+    corpus = training_corpus(job, tokenizer)
+    packed = corpus.rows(len(tokenizer), settings.sequence_length, seed)
+    if settings.replay is None:
+        return _Texts(packed, corpus)
+    old: PackedTokens
+    old, _ = packed_texts(job, settings.replay.train, tokenizer, settings.sequence_length, seed, "replayed-texts")
+    return _Texts(ReplayedTokens(packed, old, settings.replay.share), corpus)
+
+
+def _rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int) -> int:
+    """The rows of a forward pass that memory has room for: the most that divide those of a step on one process."""
+    memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
+    tokens = tokens_fitting(model, memory, checkpointing=settings.gradient_checkpointing)
+    most = max(1, tokens // settings.sequence_length)
+    return max(rows for rows in range(1, min(mine, most) + 1) if mine % rows == 0)
+
+
+def _announce(
+    job: Job, settings: PretrainSection, model: PreTrainedModel, plan: Plan, size: int, stats: PackStats
+) -> None:
+    """The arithmetic that follows from the recipe."""
+    m, passes = job.recipe.model, plan.parts[-1].rows // job.team.size // size
+    if m.depth and job.recipe.base is None:
+        log(
+            f"pretrain: depth {m.depth}: {m.layers} layers, width {m.width}, {m.heads} heads, context {m.context}, "
+            f"{settings.tokens:,} tokens, {settings.tokens_per_step:,} a step, peak learning rate "
+            f"{settings.learning_rate:g}"
+        )
+    fresh = plan.tokens * (1 - settings.replay.share if settings.replay else 1)
+    log(
+        f"pretrain: {count_parameters(model):,} parameters; {plan.describe()} ({job.team.size} processes x {passes} "
+        f"microbatches x {size} rows); {stats.documents:,} documents, {stats.tokens:,} tokens, "
+        f"{fresh / stats.tokens:.2f} passes over them"
+    )
+
+
+# After it
+
+
+def _summary(
+    model: PreTrainedModel, plan: Plan, corpus: Corpus, outcome: Outcome, after: Measured, before: Measured | None
+) -> dict[str, Any]:
+    speed = plan.tokens / outcome.seconds
+    summary = {
+        "parameters": count_parameters(model),
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "tokens_per_second": round(speed, 1),
+        "peak_flops_per_second": outcome.peak_flops_per_second,
+        "model_flops_utilisation": round(speed * outcome.flops_per_token / outcome.peak_flops_per_second, 4),
+        "training_documents": corpus.stats.documents,
+        "training_tokens": corpus.stats.tokens,
+        "training_bytes_per_token": round(corpus.stats.bytes / corpus.stats.tokens, 4),
+        "corpus": corpus.summary(),
+        **after.figures(),
+        "rollbacks": outcome.rollbacks,
+    }
+    if after.by_source():
+        summary["validation"] = after.by_source()
+    if before:
+        summary["before"] = {**before.figures(), **({"validation": before.by_source()} if before.by_source() else {})}
+    return summary
