@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from rlhf.errors import RecipeError
-from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, training_of
+from rlhf.functional.compute_optimal import HEAD_CHANNELS, Training, inner_parameters, shape_of_depth, training_of
 from rlhf.functional.schedules import ScheduleName
 
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
@@ -168,6 +168,7 @@ Count = Annotated[
     BeforeValidator(_or_off, json_schema_input_type=int | Literal["off", False] | None),
 ]
 Off = BeforeValidator(_or_off)
+_OffAsEmpty = BeforeValidator(lambda value: {} if _or_off(value) is None else value)
 
 
 class CleaningSection(Section):
@@ -265,7 +266,9 @@ class PrepareSection(Section):
 
     cleaning: Annotated[CleaningSection | None, Off] = Field(default=CleaningSection(), description="what is mended")
     filters: Annotated[FiltersSection | None, Off] = Field(default=FiltersSection(), description="what is removed")
-    personal_data: PersonalDataSection = Field(default=PersonalDataSection(), description="what is masked")
+    personal_data: Annotated[PersonalDataSection, _OffAsEmpty] = Field(
+        default=PersonalDataSection(), description="what is masked"
+    )
     exact_duplicates: bool = Field(True, description="a text that stood there before is removed, whatever its source")
     near_duplicates: Annotated[NearDuplicatesSection | None, Off] = Field(
         default=NearDuplicatesSection(), description="of documents that are much alike one is kept"
@@ -273,7 +276,9 @@ class PrepareSection(Section):
     decontamination: Annotated[DecontaminationSection | None, Off] = Field(
         default=DecontaminationSection(), description="documents that hold items of the evaluation are removed"
     )
-    incontext: InContextSection | None = Field(None, description="documents made of few-shot tasks' training files")
+    incontext: Annotated[InContextSection | None, Off] = Field(
+        None, description="documents made of few-shot tasks' training files"
+    )
 
 
 class RampSection(Section):
@@ -318,12 +323,20 @@ class SpikesSection(Section):
     )
 
 
+def _without_what_depth_gives(schema: dict[str, Any]) -> None:
+    """What `model.depth` gives may be left out, so an editor must not ask for it; a recipe without it is refused."""
+    given = {"sequence_length", *Training._fields}
+    schema["required"] = [key for key in schema["required"] if key not in given]
+
+
 class PretrainSection(Section):
     """Next-token prediction, from random weights or, with `base`, from those of a model."""
 
+    model_config = ConfigDict(json_schema_extra=_without_what_depth_gives)
+
     train: Sources = Field(description="texts to learn from")
     validation: Sources = Field(description="texts to measure on; several sources are measured one by one as well")
-    prepare: PrepareSection | None = Field(
+    prepare: Annotated[PrepareSection | None, Off] = Field(
         None, description="clean, filter and deduplicate `train`; `{}` is the standard; default: texts as they are"
     )
     replay: ReplaySection | None = Field(None, description="with `base`: texts of its earlier training among the new")
@@ -1022,7 +1035,7 @@ def _filled_from_depth(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(model.get("depth"), int) or not 1 <= model["depth"] <= 512:
         return values
     shape = shape_of_depth(model["depth"])
-    model = {**shape._asdict(), **model}
+    model = {**shape._asdict(), **_heads_of_width(model.get("width")), **model}
     pretrain, tokenizer = values.get("pretrain"), values.get("tokenizer")
     if not isinstance(pretrain, dict):
         return {**values, "model": model}
@@ -1038,6 +1051,13 @@ def _filled_from_depth(values: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, ArithmeticError):  # something that its own section will refuse
         return {**values, "model": model}
     return {**values, "model": model, "pretrain": {**training._asdict(), **filled}}
+
+
+def _heads_of_width(width: Any) -> dict[str, int]:
+    """The heads of a width that somebody has said, where they come out even."""
+    if not isinstance(width, int) or width < HEAD_CHANNELS or width % HEAD_CHANNELS:
+        return {}
+    return {"heads": width // HEAD_CHANNELS}
 
 
 def evaluating_judges(recipe: Recipe) -> tuple[str, tuple[JudgeSection, ...]]:

@@ -165,10 +165,21 @@ def test_every_step_can_be_off(tmp_path: Path, run: RunDir, tokenizer: PreTraine
     rows = [*some_rows(40), {"text": "short\r\n"}]
     write_lines(tmp_path / "a.jsonl", rows)
     off = {"cleaning": "off", "filters": False, "exact_duplicates": False, "near_duplicates": None,
-           "decontamination": "off"}  # fmt: skip
+           "decontamination": "off", "personal_data": "off", "incontext": "off"}  # fmt: skip
     corpus = make_corpus(recipe_of(tmp_path, [{"path": "a.jsonl"}], off), run, tokenizer)
     assert list(corpus.texts(tokenizer)) == [row["text"] for row in rows]
     assert corpus.card["removed"] == {}
+    whole = recipe_of(tmp_path, [{"path": "a.jsonl"}], "off")
+    assert whole.pretrain and whole.pretrain.prepare is None
+
+
+def test_a_weight_that_leaves_nothing_is_refused(
+    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_lines(tmp_path / "a.jsonl", some_rows(5))
+    with pytest.raises(DataError, match="nothing was left after rows and weight"):
+        make_corpus(recipe_of(tmp_path, [{"path": "a.jsonl", "weight": 0.001}], {}), run, tokenizer)
+    assert corpus_of(run) is None
 
 
 def test_processes_change_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, small_parts: None) -> None:

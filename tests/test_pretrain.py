@@ -23,7 +23,7 @@ from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, tr
 from rlhf.functional.schedules import learning_rate_share
 from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups
-from rlhf.recipe import PretrainSection, SpikesSection, dump_recipe, parse_recipe
+from rlhf.recipe import PretrainSection, Recipe, SpikesSection, dump_recipe, parse_recipe
 from rlhf.runtime import uses_bfloat16
 from rlhf.team import Team
 from stages.pretrain import loss as loss_module
@@ -349,7 +349,7 @@ def test_each_rollback_in_a_row_skips_twice_as_much_until_it_gives_up() -> None:
     guard.keep(state_at(10))
     skipped = [guard.back(12, "cause", place=0, rows=1).behind for _ in range(3)]
     assert skipped == [11, 21, 41]
-    with pytest.raises(StageFailed, match="4th in a row"):
+    with pytest.raises(StageFailed, match="after 3 rollbacks in a row"):
         guard.back(12, "cause", place=0, rows=1)
 
 
@@ -452,6 +452,25 @@ def test_a_recipe_follows_from_its_depth_where_it_says_nothing_else() -> None:
     )
     assert mine.pretrain.sequence_length == 1024
     assert mine.pretrain.tokens_per_step == 2 ** round(np.log2(0.58 * 1e9**0.571 / 1024)) * 1024
+
+
+def test_heads_follow_a_width_of_ones_own() -> None:
+    source = [{"builtin": "tinyworld", "rows": 10}]
+
+    def heads(**model: int) -> int:
+        sections = {"model": {"depth": 3, **model}, "pretrain": {"train": source, "validation": source}}
+        raw = {"name": "dial", "stages": ["tokenizer", "pretrain"], "tokenizer": {"train": source}, **sections}
+        return parse_recipe(raw, "here").model.heads
+
+    assert heads() == 3
+    assert heads(width=256) == 4  # of 64 channels each; 3 don't divide 256
+    assert heads(width=384) == 6
+    assert heads(width=256, heads=8) == 8
+    assert heads(width=96) == 3
+
+
+def test_an_editor_asks_for_nothing_that_depth_gives() -> None:
+    assert Recipe.model_json_schema()["$defs"]["PretrainSection"]["required"] == ["train", "validation"]
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_a_nan_that_comes_back_ends_the_stage_with_what_to_do(corpora: Path) -> 
     with_tokenizer(corpora, "nans")
     done = two_ranks_with_nan(corpora, "nans", times=99)
     assert done.returncode == 1
-    assert "6th in a row" in done.stderr
+    assert "It comes after 5 rollbacks in a row" in done.stderr
     assert "learning_rate" in done.stderr
     assert "Traceback" not in done.stderr
 

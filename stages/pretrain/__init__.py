@@ -146,13 +146,15 @@ def _announce(
     job: Job, settings: PretrainSection, model: PreTrainedModel, plan: Plan, size: int, stats: PackStats
 ) -> None:
     """The arithmetic that follows from the recipe."""
-    m, passes = job.recipe.model, plan.parts[-1].rows // job.team.size // size
+    m, mine = job.recipe.model, plan.parts[-1].rows // job.team.size
+    size = min(size, mine)  # with a ramp that is longer than the training no step has a whole batch
     if m.depth and job.recipe.base is None:
         log(
             f"pretrain: depth {m.depth}: {m.layers} layers, width {m.width}, {m.heads} heads, context {m.context}, "
             f"{settings.tokens:,} tokens, {settings.tokens_per_step:,} a step, peak learning rate "
             f"{settings.learning_rate:g}"
         )
+    passes = -(-mine // size)
     fresh = plan.tokens * (1 - settings.replay.share if settings.replay else 1)
     log(
         f"pretrain: {count_parameters(model):,} parameters; {plan.describe()} ({job.team.size} processes x {passes} "

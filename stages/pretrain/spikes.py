@@ -86,9 +86,9 @@ class Guard:
             )
         if self._in_a_row == s.most_in_a_row:
             raise StageFailed(
-                f"pretrain: a spike at step {step}: {cause}. It is the {self._in_a_row + 1}th in a row "
-                f"(pretrain.spikes.most_in_a_row is {s.most_in_a_row}), so it is not the data of a few steps: try a "
-                "smaller learning_rate or a longer warmup, look at the data, or set pretrain.spikes.action=ignore"
+                f"pretrain: a spike at step {step}: {cause}. It comes after {self._in_a_row} rollbacks in a "
+                f"row (pretrain.spikes.most_in_a_row is {s.most_in_a_row}), so it is not the data of a few steps: try "
+                "a smaller learning_rate or a longer warmup, look at the data, or set pretrain.spikes.action=ignore"
             )
         state = self._kept[0]
         self._kept = [state]

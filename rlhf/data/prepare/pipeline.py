@@ -114,6 +114,8 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
         counts = pack_store(
             store, folder, plan.tokenizer, gone, plan.weights, plan.seed, plan.incontext, "corpus: packing"
         )
+    if not sum(count.documents for count in counts.values()):
+        raise plan.dataset.nothing("nothing was left after rows and weight")
     write_lines(folder / REMOVED, removed_lines(store, plan.sources, dropped))
     listed = decontaminated_lines(removed_lines(store, plan.sources, dropped), plan.owners or {})
     write_lines(folder / DECONTAMINATED, listed)
