@@ -27,6 +27,7 @@ from rlhf.data.prepare.sketches import band_rows
 from rlhf.data.prepare.treatment import Steps
 from rlhf.data.reader import MAX_LINE_BYTES, Faults
 from rlhf.data.tokens import PackedTokens, PackStats, token_dtype
+from rlhf.data.words import words_of
 from rlhf.errors import DataError, UserError
 from rlhf.job import Job
 from rlhf.recipe import PrepareSection, Recipe, fields_at_default, newer_keys
@@ -210,13 +211,14 @@ def _with_steps(plan: Plan, recipe: Recipe, prepare: PrepareSection) -> Plan:
     cleaning, filters, near = prepare.cleaning, prepare.filters, prepare.near_duplicates
     limits = filters.model_dump(exclude={"from_words"}, exclude_none=True) if filters else None
     owners = _runs_of_items(recipe, prepare)
+    items = RunSearch(tuple(run.split(" ")) for run in owners) if owners else None
     longest = prepare.decontamination.words if prepare.decontamination else 0
     steps = Steps(
         cleaning=tuple(name for name in STEPS if cleaning and getattr(cleaning, name)),
         limits=limits,
         from_words=filters.from_words if filters else 0,
         personal=tuple(name for name in KINDS if getattr(prepare.personal_data, name)),
-        items=RunSearch(tuple(run.split(" ")) for run in owners) if owners else None,
+        items=items,
         longest_run=longest,
         band_rows=band_rows(near.changed_words) if near else 0,
         sketched_words=near.min_words if near else 0,
@@ -226,7 +228,7 @@ def _with_steps(plan: Plan, recipe: Recipe, prepare: PrepareSection) -> Plan:
         equal=prepare.exact_duplicates,
         changed=near.changed_words if near else None,
         owners=owners,
-        incontext=_incontext(recipe, prepare),
+        incontext=_incontext(recipe, prepare, items),
         processes=recipe.threads or len(os.sched_getaffinity(0)),
     )
 
@@ -262,13 +264,21 @@ def _in_folder(recipe: Recipe, name: str, read: Callable[[Path, Faults, str], An
     return found
 
 
-def _incontext(recipe: Recipe, prepare: PrepareSection) -> tuple[InContext, float] | None:
+def _incontext(recipe: Recipe, prepare: PrepareSection, items: RunSearch | None) -> tuple[InContext, float] | None:
+    """The documents to be made and their share; no row is among them that holds an item of the evaluation."""
     section = prepare.incontext
     if section is None:
         return None
     examples: dict[str, Any] = {}
     for name in section.tasks:
-        examples |= _in_folder(recipe, name, training_examples)
+        for task, rows in _in_folder(recipe, name, training_examples).items():
+            held = {number for number, _ in items.find([words_of(row.item) for row in rows])} if items else set()
+            examples[task] = [row for number, row in enumerate(rows) if number not in held]
+            if held:
+                log(
+                    f"corpus: {len(held):,} training rows of {task} are in no in-context document, since they hold "
+                    "items of evaluate.fewshot.tasks"
+                )
     made = InContext(examples, section.shots, derive_seed(recipe.seed, "pretrain", "incontext"))
     if not made.tasks:
         raise DataError(f"pretrain.prepare.incontext: no task has rows for {min(section.shots)} demonstrations")

@@ -436,6 +436,24 @@ def test_in_context_documents_are_made_of_training_rows_alone(
         )
 
 
+def test_no_in_context_document_holds_a_test_item(
+    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(3)
+    rows = [{"instruction": "Go.", "input": text_of(draw, 20), "target": "so"} for _ in range(12)]
+    write_task(tmp_path / "tasks", "leaking", rows[8:], rows)  # the last four are test items too
+    write_lines(tmp_path / "a.jsonl", [{"text": text_of(draw, 30)} for _ in range(60)])
+    prepare = {"incontext": {"share": 0.5, "tasks": ["tasks/leaking"], "shots": [0, 2]}}
+    evaluate = {"fewshot": {"tasks": ["tasks/leaking"], "shots": [0]}}
+    made = "".join(
+        make_corpus(recipe_of(tmp_path, [{"path": "a.jsonl"}], prepare, evaluate=evaluate), run, tokenizer).texts(
+            tokenizer
+        )
+    )
+    assert [row["input"] in made for row in rows] == [True] * 8 + [False] * 4
+    assert "4 training rows of leaking are in no in-context document" in capsys.readouterr().out
+
+
 def test_evaluation_looks_into_what_was_trained_on(
     tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase
 ) -> None:
