@@ -310,7 +310,7 @@ def test_usual_losses_by_hand() -> None:
 
 
 def guard_of(**settings: Any) -> Guard:
-    return Guard(SpikesSection(good_every=10, **settings))
+    return Guard(SpikesSection(good_every=10, **settings), guessing=20.0)
 
 
 def test_a_spike_is_above_the_limit_or_no_number() -> None:
@@ -324,6 +324,12 @@ def test_a_spike_is_above_the_limit_or_no_number() -> None:
     assert "inf" in guard.fault(2.0, float("inf"))
     ignoring = guard_of(action="ignore")
     assert ignoring.fault(float("nan"), 1.0) == ""
+
+
+def test_a_loss_far_beyond_guessing_is_a_spike_at_any_step() -> None:
+    guard = guard_of()
+    assert guard.fault(60.0, 1.0) == ""
+    assert "3 times that of guessing" in guard.fault(60.1, 1.0)
 
 
 def state_at(step: int) -> dict[str, Any]:

@@ -252,3 +252,14 @@ def test_one_dial_is_enough(corpora: Path) -> None:
     assert "depth 1: 1 layers, width 64, 1 heads, context 128" in said
     config = json.loads((corpora / "runs/dial/pretrain/model/config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]) == (1, 64, 1)
+
+
+def test_a_training_that_diverges_does_not_end_as_if_nothing_were(corpora: Path) -> None:
+    with_tokenizer(corpora, "diverged")
+    said = run(corpora, "pretrain", "diverged", "clean", "pretrain.learning_rate=50", "pretrain.warmup=0", code=1)
+    assert "in a row" in said
+    assert "smaller learning_rate" in said
+    with_tokenizer(corpora, "ignored-divergence")
+    more = ("pretrain.spikes.action=ignore", "pretrain.tokens=20000", "pretrain.learning_rate=50", "pretrain.warmup=0")
+    said = run(corpora, "pretrain", "ignored-divergence", "clean", *more)
+    assert "more than guessing costs" in said

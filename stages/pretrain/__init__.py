@@ -4,6 +4,7 @@ From random weights, or, with `base`, from those of a model, whose tokenizer is 
 replayed. Documents are packed end to end in a memory-mapped file.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +65,9 @@ def run(job: Job) -> dict[str, Any]:
     begin = begin_id(tokenizer) if settings.isolate_documents else None
     training = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way)
     outcome = training.run()
-    summary = _summary(model, plan, texts.corpus, outcome, measure(), before)
+    after = measure()
+    _warn_of_divergence(model, after)
+    summary = _summary(model, plan, texts.corpus, outcome, after, before)
     if job.team.is_main:
         what = "trained from random weights" if recipe.base is None else f"trained further from {recipe.base}"
         card = model_card(
@@ -164,6 +167,17 @@ def _announce(
 
 
 # After it
+
+
+def _warn_of_divergence(model: PreTrainedModel, after: Measured) -> None:
+    nats = after.whole().nats_per_token.mean
+    guessing = math.log(model.config.get_text_config().vocab_size)
+    if nats > guessing:
+        log(
+            f"pretrain: warning: {nats:.3f} nats per token on the held-out texts are more than guessing costs, "
+            f"{guessing:.3f}: the training has diverged, or the texts have nothing in common with its own; try "
+            "a smaller learning_rate"
+        )
 
 
 def _summary(

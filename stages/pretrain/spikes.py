@@ -1,7 +1,8 @@
 """Loss spikes: found by a stated rule, and undone.
 
 A step is a spike where its loss or the norm of its gradient is no number, or, from the 21st step on, where its loss
-lies above the median of the last losses by so many deviations and so many nats (rlhf.functional.spikes). The rule looks
+lies above the median of the last losses by so many deviations and so many nats (rlhf.functional.spikes). At any step it
+is one where the loss is three times what guessing costs, ln(vocabulary): training has diverged then. The rule looks
 at the mean loss of all processes, so that all come to the same verdict. The step is not taken; instead
 
 - the model, the optimisers and the losses are again what they were at the last *good* state: states are kept in memory
@@ -22,6 +23,8 @@ from rlhf.errors import StageFailed
 from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.recipe import SpikesSection
 
+DIVERGED = 3.0  # times the loss of guessing
+
 
 class Rollback(NamedTuple):
     """Where a training goes on after a spike."""
@@ -35,8 +38,9 @@ class Rollback(NamedTuple):
 class Guard:
     """What is known about a training's losses, and the states that it can go back to."""
 
-    def __init__(self, settings: SpikesSection) -> None:
-        self._settings = settings
+    def __init__(self, settings: SpikesSection, guessing: float) -> None:
+        """`guessing`: the loss of a model that finds all tokens equally likely, in nats."""
+        self._settings, self._guessing = settings, guessing
         self._losses: deque[float] = deque(maxlen=settings.history)
         self._kept: list[dict[str, Any]] = []  # the last two, the newest last
         self._in_a_row, self._farthest = 0, -1  # rollbacks since training last got past a spike; that spike's step
@@ -61,6 +65,8 @@ class Guard:
             return f"the loss is {loss}"
         if not math.isfinite(norm):
             return f"the norm of the gradient is {norm}"
+        if loss > DIVERGED * self._guessing:
+            return f"the loss is {loss:.3f}, more than {DIVERGED:g} times that of guessing, {self._guessing:.3f}"
         if len(self._losses) < RECENT:
             return ""
         usual = usual_loss(self._losses, self._settings.deviations, self._settings.rise)
