@@ -58,6 +58,7 @@ def causal_lm_config(
             n_head=heads,
             n_inner=mlp_width,
             n_positions=context,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own approximation, "gelu_new", as one kernel
             initializer_range=initializer_range,
             tie_word_embeddings=tie_embeddings,
             resid_pdrop=0.0,
