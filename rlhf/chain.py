@@ -22,7 +22,7 @@ from pydantic import BaseModel
 import rlhf
 from evaluation.harness import check_include, check_installed
 from rlhf.data.files import source_files
-from rlhf.data.prepare.inputs import task_inputs
+from rlhf.data.prepare.inputs import corpora, task_inputs
 from rlhf.errors import Interrupted, MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
 from rlhf.plugins import check_function, function_file
@@ -334,9 +334,10 @@ def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[
     """
     if recipe.pretrain is None or "pretrain" not in recipe.stages:
         raise UserError("the recipe has no stage pretrain, so there is no corpus to prepare")
-    for source in recipe.pretrain.train:
-        source_files(source, Path(recipe.data.root))
-        _check_ends("pretrain", source)
+    for sources in corpora(recipe).values():
+        for source in sources:
+            source_files(source, Path(recipe.data.root))
+            _check_ends("pretrain", source)
     _check_prepare(recipe)
     run = RunDir.of(recipe, runs_dir)
     run.check_free()
@@ -350,14 +351,16 @@ def run_prepare(recipe: Recipe, runs_dir: Path, *, fresh: bool, again: Callable[
         run.write_recipe(recipe)
         try:
             with quiet_libraries():
-                corpus = make_corpus(recipe, run, tokenizer_of(recipe, run), fresh=fresh)
+                tokenizer = tokenizer_of(recipe, run)
+                made = [make_corpus(recipe, run, tokenizer, name, fresh=fresh) for name in corpora(recipe)]
         except KeyboardInterrupt:
             raise Interrupted("prepare: interrupted; the same command goes on with what is done") from None
         except OSError as error:
             if disk_full(error):
-                raise StageFailed(no_room(run.path / "corpus")) from None
+                raise StageFailed(no_room(run.path)) from None
             raise
-    print(f"the corpus: {corpus.folder}")
+    for corpus in made:
+        print(f"the corpus: {corpus.folder}")
 
 
 def _report(run: RunDir, *, anew: bool) -> None:

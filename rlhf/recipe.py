@@ -1074,6 +1074,8 @@ def training_sources(recipe: Recipe) -> dict[str, tuple[Source, ...]]:
     found: dict[str, tuple[Source, ...]] = {}
     if recipe.pretrain and "pretrain" in recipe.stages:
         found["pretrain.train"] = recipe.pretrain.train
+        if recipe.pretrain.replay:
+            found["pretrain.replay.train"] = recipe.pretrain.replay.train
     if recipe.sft and "sft" in recipe.stages:
         found["sft.train"] = recipe.sft.train
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.chain import state_of
+from rlhf.data.prepare.inputs import CORPUS, REPLAYED
 from rlhf.errors import MissingInput, RlhfError
 from rlhf.recipe import load_recipe
 from rlhf.rundir import RunDir, StageDir, read_json
@@ -46,7 +47,8 @@ def print_status(run_dir: Path) -> None:
             line += f"{_last_line(directory)}"
             line += f"\n    it ended: {directory.failure()}" if name == "interrupted" and directory.failure() else ""
         print(visible(line) + visible(f"  ({state.why})" if state.name == "stale" else ""))
-    _print_corpus(run.path / "corpus", running=holder is not None)
+    for name in (CORPUS, REPLAYED):
+        _print_corpus(run.path / name, running=holder is not None)
 
 
 def _print_corpus(folder: Path, *, running: bool) -> None:
@@ -58,10 +60,10 @@ def _print_corpus(folder: Path, *, running: bool) -> None:
         figures = "  ".join(
             f"{key} {format_number(out[key])}" for key in ("documents", "bytes", "tokens") if key in out
         )
-        print(f"  {'corpus':<10} {'done':<12}{seconds:>8}  {figures}")
+        print(f"  {folder.name:<10} {'done':<12}{seconds:>8}  {figures}")
     elif folder.is_dir():
         parts = len(list(folder.glob("work/part-*[0-9]")))
-        print(f"  {'corpus':<10} {'running' if running else 'interrupted':<12}{parts:>8} parts are read")
+        print(f"  {folder.name:<10} {'running' if running else 'interrupted':<12}{parts:>8} parts are read")
 
 
 def _figures(stage: str, summary: dict[str, Any]) -> str:

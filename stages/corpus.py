@@ -1,4 +1,6 @@
-"""The corpus: what pretrain learns from, as tokens, in a directory of its own beside the stages.
+"""A corpus: what pretrain learns from, as tokens, in a directory of its own beside the stages.
+
+There is one of the new texts, and one of those that are replayed, where the recipe replays any.
 
 It is made where it is missing, by `rlhf run pretrain` (the first process; the others wait) or `rlhf prepare`, kept as
 long as what it was made from stays the same, moved aside where that has changed, gone on with where a run was killed.
@@ -19,7 +21,7 @@ from rlhf.data.overlap import RunSearch, item_runs
 from rlhf.data.prepare.card import unique_names
 from rlhf.data.prepare.cleaning import STEPS
 from rlhf.data.prepare.incontext import InContext
-from rlhf.data.prepare.inputs import corpus_inputs
+from rlhf.data.prepare.inputs import CORPUS, corpora, corpus_inputs
 from rlhf.data.prepare.packing import DOCUMENT, DOCUMENTS, TOKENS
 from rlhf.data.prepare.personal import KINDS
 from rlhf.data.prepare.pipeline import Plan, finish, pack_texts, prepare_texts
@@ -36,7 +38,7 @@ from rlhf.runtime import derive_seed, log
 from rlhf.tokenizer import begin_id
 from stages.common import named_model, open_data, report_faults
 
-FOLDER, CARD = "corpus", "card.json"
+CARD = "card.json"
 BATCH = 500  # documents that are decoded at a time
 EVERY_ITEM = 10**9
 
@@ -85,15 +87,15 @@ class Corpus(NamedTuple):
         return {**{key: self.card["out"][key] for key in keys}, **found}
 
 
-def corpus_of(run: RunDir) -> Corpus | None:
-    """The corpus of a run; None where there is no complete one."""
-    card = read_json(run.path / FOLDER / CARD)
-    return Corpus(run.path / FOLDER, card) if card else None
+def corpus_of(run: RunDir, name: str = CORPUS) -> Corpus | None:
+    """The corpus of a run in the directory of this name; None where there is no complete one."""
+    card = read_json(run.path / name / CARD)
+    return Corpus(run.path / name, card) if card else None
 
 
-def training_corpus(job: Job, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """The corpus of a pretrain stage, made by the first process where it is missing."""
-    return job.team.from_main(lambda: make_corpus(job.recipe, job.run, tokenizer))
+def training_corpus(job: Job, tokenizer: PreTrainedTokenizerBase, name: str = CORPUS) -> Corpus:
+    """A corpus of a pretrain stage, made by the first process where it is missing."""
+    return job.team.from_main(lambda: make_corpus(job.recipe, job.run, tokenizer, name))
 
 
 def tokenizer_of(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
@@ -102,23 +104,25 @@ def tokenizer_of(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
     return start.tokenizer()
 
 
-def make_corpus(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, *, fresh: bool = False) -> Corpus:
+def make_corpus(
+    recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, name: str = CORPUS, *, fresh: bool = False
+) -> Corpus:
     """The corpus as the recipe says: the one that is there, or a new one. Raises DataError where the texts are bad."""
-    directory = StageDir(run.path / FOLDER)
-    inputs = json.loads(json.dumps(corpus_inputs(recipe, _tokenizer_digest(tokenizer))))
+    directory = StageDir(run.path / name)
+    inputs = json.loads(json.dumps(corpus_inputs(recipe, name, _tokenizer_digest(tokenizer))))
     assert recipe.pretrain is not None
     why = "--fresh" if fresh and directory.path.exists() else _stale(directory, inputs, recipe.pretrain.prepare)
     card = read_json(directory.path / CARD)
     if card and not why:
         finish(directory.path)  # where the process was killed before that
-        log(f"corpus: as it was made ({_in_short(card)}); see {directory.path / CARD}")
+        log(f"{name}: as it was made ({_in_short(card)}); see {directory.path / CARD}")
         return Corpus(directory.path, card)
     aside = None
     if why:
         aside = directory.move_aside()
-        log(f"corpus: made anew, since {why} (the old one is now {aside.name})")
+        log(f"{name}: made anew, since {why} (the old one is now {aside.name})")
     elif directory.path.exists():
-        log("corpus: was interrupted, goes on")
+        log(f"{name}: was interrupted, goes on")
     directory.path.mkdir(exist_ok=True)
     if not directory.manifest():
         write_json(directory.manifest_file, {"inputs": inputs})
@@ -128,27 +132,30 @@ def make_corpus(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase,
         if aside:
             shutil.rmtree(directory.path)
             aside.rename(directory.path)
+            log(f"{name}: no new one could be made, so the old one is back in its place")
         raise
 
 
 def _made(recipe: Recipe, directory: StageDir, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     section = recipe.pretrain
     assert section is not None
+    name = directory.path.name
+    sources = corpora(recipe)[name]
     dataset = open_data(
-        recipe, "pretrain", section.train, "texts", "train", _not_too_long if section.prepare else None,
+        recipe, "pretrain", sources, "texts", "train", _not_too_long if section.prepare else None,
         split_texts=section.prepare is not None,
     )  # fmt: skip
     plan = Plan(
         dataset,
-        unique_names([str(source) for source in section.train]),
-        [source.weight for source in section.train],
+        unique_names([str(source) for source in sources]),
+        [source.weight for source in sources],
         tokenizer,
         derive_seed(recipe.seed, "pretrain", "texts", "train"),
     )
     if section.prepare is None:
         card = pack_texts(directory.path, plan)
     else:
-        card = prepare_texts(directory.path, _with_steps(plan, recipe, section.prepare))
+        card = prepare_texts(directory.path, _with_steps(plan, recipe, section.prepare, name))
     report_faults(dataset)
     card |= {"settings": inputs}
     files = {name: _facts(directory.path / name) for name in (TOKENS, DOCUMENTS)}
@@ -156,7 +163,7 @@ def _made(recipe: Recipe, directory: StageDir, inputs: dict[str, Any], tokenizer
     write_json(directory.path / CARD, card)
     finish(directory.path)
     for line in _told(card):
-        log(line)
+        log(f"{name}: {line}")
     return Corpus(directory.path, card)
 
 
@@ -185,11 +192,12 @@ def _stale(directory: StageDir, inputs: dict[str, Any], prepare: PrepareSection 
     if not was:
         return "it was never really begun"
     new = newer_keys({f"prepare.{key}" for key in fields_at_default(prepare)}, was) if prepare else set()
-    changed = [key for key in {**was, **inputs} if was.get(key) != inputs.get(key) and key not in new]
+    changed = {key: _difference(key, was, inputs) for key in {**was, **inputs} if was.get(key) != inputs.get(key)}
+    changed = {key: told for key, told in changed.items() if key not in new}
     if (was.get("data.on_bad_row"), inputs["data.on_bad_row"]) == ("error", "skip"):
-        changed.remove("data.on_bad_row")  # it had no bad row, or hasn't met it yet
+        del changed["data.on_bad_row"]  # it had no bad row, or hasn't met it yet
     if changed:
-        return "; ".join(f"{key} has changed" for key in changed[:3])
+        return "; ".join(list(changed.values())[:3])
     for name, (size, time, digest) in (read_json(directory.manifest_file) or {}).get("files", {}).items():
         path = directory.path / name
         if not path.is_file():
@@ -199,6 +207,12 @@ def _stale(directory: StageDir, inputs: dict[str, Any], prepare: PrepareSection 
     return ""
 
 
+def _difference(key: str, was: dict[str, Any], now: dict[str, Any]) -> str:
+    if key.startswith(("file ", "tasks ")) and not (key in was and key in now):
+        return f"{key} is {'new' if key in now else 'no longer read'}"
+    return f"{key} has changed"
+
+
 def _facts(path: Path) -> list[Any]:
     return [path.stat().st_size, path.stat().st_mtime_ns, digest_file(path)]
 
@@ -206,7 +220,7 @@ def _facts(path: Path) -> list[Any]:
 # What is done with the texts
 
 
-def _with_steps(plan: Plan, recipe: Recipe, prepare: PrepareSection) -> Plan:
+def _with_steps(plan: Plan, recipe: Recipe, prepare: PrepareSection, name: str) -> Plan:
     """The plan with what the recipe's `prepare` says, as plain values."""
     cleaning, filters, near = prepare.cleaning, prepare.filters, prepare.near_duplicates
     limits = filters.model_dump(exclude={"from_words"}, exclude_none=True) if filters else None
@@ -228,7 +242,7 @@ def _with_steps(plan: Plan, recipe: Recipe, prepare: PrepareSection) -> Plan:
         equal=prepare.exact_duplicates,
         changed=near.changed_words if near else None,
         owners=owners,
-        incontext=_incontext(recipe, prepare, items),
+        incontext=_incontext(recipe, prepare, items) if name == CORPUS else None,
         processes=recipe.threads or len(os.sched_getaffinity(0)),
     )
 
@@ -307,10 +321,10 @@ def _told(card: dict[str, Any]) -> list[str]:
         read, removed = card["in"], card["removed"]
         total = sum(figures["documents"] for figures in removed.values())
         lines.append(
-            f"corpus: {read['documents']:,} documents, {read['bytes'] / 1e6:,.1f} MB read in; {total:,} removed"
+            f"{read['documents']:,} documents, {read['bytes'] / 1e6:,.1f} MB read in; {total:,} removed"
             + (": " if removed else "")
             + ", ".join(f"{why} {figures['documents']:,}" for why, figures in removed.items())
         )
     if card["bad_rows"]:
-        lines.append(f"corpus: {card['bad_rows']:,} bad rows skipped")
-    return [*lines, f"corpus: {_in_short(card)}; {seconds:.0f} s"]
+        lines.append(f"{card['bad_rows']:,} bad rows skipped")
+    return [*lines, f"{_in_short(card)}; {seconds:.0f} s"]

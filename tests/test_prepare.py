@@ -204,13 +204,17 @@ ALL_KINDS = tuple(KINDS)
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        *(("email", text) for text in ("a@b.co", "john.doe+x@mail.example.org", "联系 zhang@163.com。")),
+        *(("email", text) for text in ("a@b.co", "john.doe+x@mail.example.org",
+            "联系 zhang@163.com。", "Émile.zola@exämple.fr", "иван@почта.рф",
+            "写信到bob@x.com谢谢", "bob@x.com: hello")),
         *(("phone", text) for text in (
             "+44 161 496 0000", "+1 (212) 555-0123", "(212) 555-0123", "call 212.555.0123.", "1-800-555-0199",
             "+4915112345678", "+86 138 0013 8000", "13800138000", "0161 496 0000", "030/12345678", "+33 1 23 45 67 89",
             "01 23 45 67 89", "电话：010-62781234", "+91-98765-43210",
+            "我的手机号是13812345678谢谢", "800-400-5001",
         )),
-        *(("ip", text) for text in ("8.8.8.8", "from 93.184.216.34 to", "2001:4860:4860::8888")),
+        *(("ip", text) for text in ("8.8.8.8", "from 93.184.216.34 to", "Server 8.8.8.8",
+            "Visit 93.184.216.34", "地址8.8.8.8在", "2001:4860:4860::8888")),
         *(("card", text) for text in ("4111 1111 1111 1111", "5555-5555-5555-4444", "3782 822463 10005")),
     ],
 )  # fmt: skip
@@ -230,6 +234,8 @@ def test_personal_data_is_masked(kind: str, text: str) -> None:
         "ISBN 978-0-306-40615-7", "0-306-40615-2", "9780306406157", "10.1016/j.cell.2019.05.031", "arXiv:2112.11446",
         "1234567890123456", "4111 1111 1111 1112", "2010-2015", "1990 1995 2000 2005", "1010 1101 1001 0001 1010 1111",
         "@john", "a@b", "user@localhost", "std::vector<int>", "dead::beef", "2001:db8::1", "01 02 03 04 05 06",
+        "Python 3.11.4.1", "Matrix rows 01 02 03 04 05", "300-400-5000", "git@github.com:owner/repo",
+        "ssh://git@github.com/owner", "bob@host.com:~/notes/",
     ],
 )  # fmt: skip
 def test_what_only_looks_like_personal_data_stays(text: str) -> None:

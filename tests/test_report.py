@@ -114,9 +114,10 @@ def test_the_numbers_are_the_summaries(html: str) -> None:
         assert fact in text
 
 
-def test_pretraining_tells_its_rollbacks_and_its_sources(html: str) -> None:
+def test_pretraining_tells_its_rollbacks_and_its_sources(html: str, made: Path) -> None:
     text = " ".join(" ".join(Shown(html).texts).split())
-    assert "Rolled back at step 278 to step 200: the loss is 9.1" in text
+    for told in (text, report.render(made, None, "md")):
+        assert "pretrain rolled back at step 278 to step 200: the loss is 9.1" in told
     assert "Held out, by source ends at" in text
     assert "1.136 (books)" in text
 

@@ -7,6 +7,7 @@ from evaluation.report.document import Block, Cell, Facts, Folded, Paragraph, Se
 from evaluation.report.gather import Report, again
 from evaluation.report.reading import group, items, number, one_line, shortened, whole, words
 from evaluation.report.reading import with_digits as digits
+from rlhf.data.prepare.inputs import REPLAYED
 from rlhf.runtime import format_seconds
 
 MOST_EXAMPLES, LONGEST_EXAMPLE = 2, 300
@@ -16,21 +17,29 @@ MOST_REASONS = 40
 def corpus(report: Report) -> Section:
     """Documents, bytes and tokens in and out."""
     title = "The corpus"
-    card = report.corpus
-    if not card:
+    if not report.corpora:
         if "pretrain" not in report.stages:
             return Section("corpus", title, [Paragraph("The recipe has no stage pretrain, so no corpus.", "missing")])
         told = f"No corpus (corpus/card.json). This makes it: {again(report.run_dir, 'pretrain')}"
         return Section("corpus", title, [Paragraph(told, "missing")])
+    blocks: list[Block] = []
+    for name, card in report.corpora.items():
+        if name == REPLAYED:
+            blocks.append(Paragraph("Replayed texts", "heading"))
+        blocks.extend(_card(name, card))
+    return Section("corpus", title, blocks)
+
+
+def _card(name: str, card: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = [Facts(list(_facts(card))), _by_source(card)]
     if card.get("prepared") is not True:
         blocks.insert(0, Paragraph("The texts were packed as they are: the recipe has no `pretrain.prepare`."))
-        return Section("corpus", title, blocks)
+        return blocks
     if removed := group(card, "removed"):
-        blocks.append(_by_reason(card, removed))
+        blocks.append(_by_reason(name, card, removed))
         blocks.extend(_examples(removed))
     blocks.extend(_changed(card))
-    return Section("corpus", title, blocks)
+    return blocks
 
 
 def _facts(card: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -73,7 +82,7 @@ def _by_source(card: dict[str, Any]) -> Table:
     return Table("By source", header, rows, notes)
 
 
-def _by_reason(card: dict[str, Any], removed: dict[str, Any]) -> Table:
+def _by_reason(name: str, card: dict[str, Any], removed: dict[str, Any]) -> Table:
     read = number(group(card, "in"), "documents")
     settings = group(card, "settings")
     rows = []
@@ -93,8 +102,8 @@ def _by_reason(card: dict[str, Any], removed: dict[str, Any]) -> Table:
         )
     header = ("reason", "limit", "documents", "of all", "MB", "tokens (estimate)")
     notes = (
-        "A document is counted by the first rule that it breaks. Every one is in corpus/removed.jsonl, and those with "
-        "words of test items in corpus/decontaminated.jsonl. Tokens are estimated from bytes.",
+        f"A document is counted by the first rule that it breaks. Every one is in {name}/removed.jsonl, and those with "
+        f"words of test items in {name}/decontaminated.jsonl. Tokens are estimated from bytes.",
     )
     return Table("What was removed", header, rows, notes)
 

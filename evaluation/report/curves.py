@@ -10,7 +10,7 @@ from evaluation.report.gather import Report, StageReport
 from evaluation.report.reading import one_line
 from rlhf.runtime import format_number
 
-MOST_LINES, MOST_ROLLBACKS = 8, 5
+MOST_LINES = 8
 
 
 class Plot(NamedTuple):
@@ -68,7 +68,7 @@ def curves(report: Report) -> Section:
         if drawn:
             blocks.append(Paragraph(name, "heading"))
             blocks.append(Charts(drawn))
-            blocks.extend(Paragraph(told, "note") for told in (*_left_out(stage), *_rolled_back(stage)))
+            blocks.extend(Paragraph(told, "note") for told in _left_out(stage))
         else:
             blocks.append(Paragraph(f"{name} has logged nothing yet ({stage.state}). Run: {stage.command}", "missing"))
     return Section("curves", "Curves", blocks or [Paragraph("No stage of this run logs its course.", "missing")])
@@ -116,21 +116,6 @@ def _named(plot: Plot, stage: StageReport) -> Iterator[tuple[str, str]]:
         else:
             found = sorted(each for each in stage.curves if each.startswith(beginning))
             yield from ((each, one_line(each.removeprefix(beginning), 30)) for each in found[:MOST_LINES])
-
-
-def _rolled_back(stage: StageReport) -> Iterator[str]:
-    """What was done about spikes of the loss."""
-    found = stage.summary.get("rollbacks") if stage.summary else None
-    rollbacks = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-    for each in rollbacks[:MOST_ROLLBACKS]:
-        rows = each.get("skipped_rows")
-        skipped = f"; rows {rows[0]} to {rows[1]} were skipped" if isinstance(rows, list) and len(rows) == 2 else ""
-        told = (
-            f"Rolled back at step {each.get('step')} to step {each.get('back_to_step')}: {each.get('cause')}{skipped}."
-        )
-        yield one_line(told, 200)
-    if len(rollbacks) > MOST_ROLLBACKS:
-        yield f"And {len(rollbacks) - MOST_ROLLBACKS:,} rollbacks more."
 
 
 def _end(line: Line, of: int) -> str:

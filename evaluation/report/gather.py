@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import rlhf
 from evaluation.report.reading import finite, number, words
+from rlhf.data.prepare.inputs import CORPUS, REPLAYED
 from rlhf.errors import MissingInput
 from rlhf.recipe import STAGES, read_yaml
 from rlhf.rundir import RunDir, StageDir
@@ -54,7 +55,7 @@ class Report(NamedTuple):
     recipe: dict[str, Any]
     recipe_text: str
     stages: dict[str, StageReport]
-    corpus: dict[str, Any]  # corpus/card.json
+    corpora: dict[str, dict[str, Any]]  # the card.json of each corpus that is there, by its directory
     calibration: dict[str, Any]  # reward/calibration.json
     answers: list[dict[str, Any]]  # the first lines of evaluate/responses.jsonl
     answers_in_all: int
@@ -101,7 +102,7 @@ def gather(run_dir: Path) -> Report:
         recipe=recipe,
         recipe_text=file.read_text(encoding="utf-8-sig", errors="replace"),
         stages={name: _stage(run, name) for name in listed},
-        corpus=finite(_object(run_dir / "corpus" / "card.json")),
+        corpora={name: card for name in (CORPUS, REPLAYED) if (card := finite(_object(run_dir / name / "card.json")))},
         calibration=calibration,
         answers=answers,
         answers_in_all=in_all,

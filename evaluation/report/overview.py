@@ -1,17 +1,17 @@
 """The beginning of a report: what came of the run, and what each stage was and took."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
 
 from evaluation.report.document import Block, Cell, Facts, Paragraph, Section, Table, text
 from evaluation.report.energy import ASSUMPTIONS, energy
 from evaluation.report.gather import Report, StageReport
-from evaluation.report.reading import group, in_brackets, interval, number, one_line, shortened, whole
+from evaluation.report.reading import group, in_brackets, interval, items, number, one_line, shortened, whole
 from evaluation.report.reading import with_digits as digits
 from rlhf.runtime import format_seconds
 
-MOST_SOURCES = 6
+MOST_SOURCES, MOST_ROLLBACKS = 6, 5
 LONGEST_DESCRIPTION, LONGEST_FAILURE = 600, 400
 WORK = {  # what a stage did: key of its summary -> word
     "tokenizer": {"texts": "texts"},
@@ -156,6 +156,7 @@ def chain(report: Report) -> Section:
             f"stage went on from. {ASSUMPTIONS}",
         )
         blocks.append(Table("What they took", header, [*took, _total(stages)], notes))
+    blocks.extend(Paragraph(told, "note") for stage in stages for told in _rolled_back(stage))
     return Section("chain", "The chain at a glance", blocks)
 
 
@@ -199,6 +200,18 @@ def _work(stage: StageReport) -> str:
     found = ", ".join(f"{whole(value)} {word}" for value, word in known if value is not None)
     models = len(group(stage.summary, "models"))
     return found or (f"{models} models measured" if models else "–")
+
+
+def _rolled_back(stage: StageReport) -> Iterator[str]:
+    """What was done about spikes of the loss."""
+    rollbacks = [each for each in items(stage.summary, "rollbacks") if isinstance(each, dict)]
+    for each in rollbacks[:MOST_ROLLBACKS]:
+        rows = each.get("skipped_rows")
+        skipped = f"; rows {rows[0]} to {rows[1]} were skipped" if isinstance(rows, list) and len(rows) == 2 else ""
+        where = f"rolled back at step {each.get('step')} to step {each.get('back_to_step')}"
+        yield one_line(f"{stage.name} {where}: {each.get('cause')}{skipped}.", 200)
+    if len(rollbacks) > MOST_ROLLBACKS:
+        yield f"{stage.name}: {len(rollbacks) - MOST_ROLLBACKS:,} rollbacks more."
 
 
 def _cost(stage: StageReport) -> list[Cell]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from evaluation.contamination import OverlapSearch
 from evaluation.memorisation import Document, DocumentSample
 from rlhf.data.overlap import Probe
+from rlhf.data.prepare.inputs import CORPUS, REPLAYED
 from rlhf.job import Job
 from rlhf.recipe import Recipe, training_sources
 from rlhf.rundir import RunDir, write_atomically
@@ -74,7 +75,8 @@ def _training_texts(recipe: Recipe, run: RunDir | None) -> Iterator[tuple[str, l
     """The very texts that the stages were trained on, a batch at a time, with the key that names them."""
     for key, sources in training_sources(recipe).items():
         stage, _, _ = key.partition(".")
-        corpus = corpus_of(run) if run and key == "pretrain.train" else None
+        name = {"pretrain.train": CORPUS, "pretrain.replay.train": REPLAYED}.get(key)
+        corpus = corpus_of(run, name) if run and name else None
         if run and corpus and corpus.card["prepared"]:  # what was removed, nobody was trained on
             yield from ((key, batch) for batch in _batches(corpus.texts(tokenizer_of(recipe, run))))
             continue

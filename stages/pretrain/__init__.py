@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.tokens import PackedTokens, PackStats, ReplayedTokens, Rows
+from rlhf.data.prepare.inputs import REPLAYED
+from rlhf.data.tokens import PackStats, ReplayedTokens, Rows
 from rlhf.job import Job
 from rlhf.model import (
     accelerator_bytes,
@@ -27,7 +28,7 @@ from rlhf.products import use_onednn
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import derive_seed, log, make_accelerator
 from rlhf.tokenizer import begin_id, load_tokenizer, token_info
-from stages.common import card_facts, check_context, context_of, named_model, packed_texts
+from stages.common import card_facts, check_context, context_of, named_model
 from stages.corpus import Corpus, training_corpus
 from stages.pretrain.plan import Plan
 from stages.pretrain.training import Outcome, Training
@@ -67,7 +68,7 @@ def run(job: Job) -> dict[str, Any]:
     outcome = training.run()
     after = measure()
     _warn_of_divergence(model, after)
-    summary = _summary(model, plan, texts.corpus, outcome, after, before)
+    summary = _summary(model, plan, texts, outcome, after, before)
     if job.team.is_main:
         what = "trained from random weights" if recipe.base is None else f"trained further from {recipe.base}"
         card = model_card(
@@ -123,6 +124,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 class _Texts(NamedTuple):
     rows: Rows
     corpus: Corpus  # the new ones
+    replayed: Corpus | None
 
 
 def _texts(job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBase) -> _Texts:
@@ -131,10 +133,10 @@ def _texts(job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBa
     corpus = training_corpus(job, tokenizer)
     packed = corpus.rows(len(tokenizer), settings.sequence_length, seed)
     if settings.replay is None:
-        return _Texts(packed, corpus)
-    old: PackedTokens
-    old, _ = packed_texts(job, settings.replay.train, tokenizer, settings.sequence_length, seed, "replayed-texts")
-    return _Texts(ReplayedTokens(packed, old, settings.replay.share), corpus)
+        return _Texts(packed, corpus, None)
+    replayed = training_corpus(job, tokenizer, REPLAYED)
+    old = replayed.rows(len(tokenizer), settings.sequence_length, seed)
+    return _Texts(ReplayedTokens(packed, old, settings.replay.share), corpus, replayed)
 
 
 def _rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int) -> int:
@@ -181,9 +183,9 @@ def _warn_of_divergence(model: PreTrainedModel, after: Measured) -> None:
 
 
 def _summary(
-    model: PreTrainedModel, plan: Plan, corpus: Corpus, outcome: Outcome, after: Measured, before: Measured | None
+    model: PreTrainedModel, plan: Plan, texts: _Texts, outcome: Outcome, after: Measured, before: Measured | None
 ) -> dict[str, Any]:
-    speed = plan.tokens / outcome.seconds
+    speed, corpus = plan.tokens / outcome.seconds, texts.corpus
     summary = {
         "parameters": count_parameters(model),
         "steps": plan.steps,
@@ -195,6 +197,7 @@ def _summary(
         "training_tokens": corpus.stats.tokens,
         "training_bytes_per_token": round(corpus.stats.bytes / corpus.stats.tokens, 4),
         "corpus": corpus.summary(),
+        **({"replayed_corpus": texts.replayed.summary()} if texts.replayed else {}),
         **after.figures(),
         "rollbacks": outcome.rollbacks,
     }

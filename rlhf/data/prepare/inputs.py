@@ -5,24 +5,35 @@ from typing import Any
 
 import rlhf
 from rlhf.data.files import source_files
-from rlhf.recipe import Recipe, result_fields
+from rlhf.recipe import Recipe, Source, result_fields
 from rlhf.rundir import digest_file, digest_folder
 
+CORPUS, REPLAYED = "corpus", "corpus-replayed"  # the directories of a run's corpora
 
-def corpus_inputs(recipe: Recipe, tokenizer: str) -> dict[str, Any]:
-    """Everything that decides the corpus of a recipe with a section `pretrain`, flat; `tokenizer` is its digest."""
+
+def corpora(recipe: Recipe) -> dict[str, tuple[Source, ...]]:
+    """The sources of each corpus that the stage pretrain learns from, by the name of its directory."""
     section = recipe.pretrain
-    assert section is not None
-    fields = result_fields(section)
-    root = Path(recipe.data.root)
+    if section is None:
+        return {}
+    return {CORPUS: section.train, **({REPLAYED: section.replay.train} if section.replay else {})}
+
+
+def corpus_inputs(recipe: Recipe, name: str, tokenizer: str) -> dict[str, Any]:
+    """Everything that decides the corpus of this name, flat; `tokenizer` is its digest."""
+    assert recipe.pretrain is not None
+    sources, root = corpora(recipe)[name], Path(recipe.data.root)
+    key = "train" if name == CORPUS else "replay.train"
     found: dict[str, Any] = {
-        key: value for key, value in fields.items() if key == "train" or key.split(".")[0] == "prepare"
+        field: value
+        for field, value in result_fields(recipe.pretrain).items()
+        if field == key or field.split(".")[0] == "prepare"
     }
     found |= {"seed": recipe.seed, "data.on_bad_row": recipe.data.on_bad_row, "tokenizer": tokenizer}
-    for source in section.train:
+    for source in sources:
         for path in source_files(source, root):
             found[f"file {path.relative_to(root) if path.is_relative_to(root) else path}"] = digest_file(path)
-    if any(source.builtin for source in section.train):
+    if any(source.builtin for source in sources):
         found["tinyworld"] = _tinyworld()
     return found | task_inputs(recipe)
 

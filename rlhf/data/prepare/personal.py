@@ -1,27 +1,36 @@
 """Personal data masked: e-mail addresses, telephone numbers, public IP addresses, numbers of payment cards.
 
-What only looks like them stays: versions (1.2.3.4 behind `version` or `v`), dates, times, prices, ISBNs, private and
-documentation addresses, long numbers whose check digit is wrong. Telephone numbers are those that are written as such:
-+ and a country code; North America's (212) 555-0123 and 212-555-0123; a leading 0 and groups, as in much of Europe and
-Asia; Chinese mobile numbers.
+What only looks like them stays: versions (1.2.3.4 behind `version`, `v` or a name), addresses of repositories
+(git@host:owner/name), dates, times, prices, ISBNs, private and documentation addresses, long numbers whose check digit
+is wrong, numbers that are counted up (01 02 03 04 05) or round (300-400-5000). Telephone numbers are those that are
+written as such: + and a country code; North America's (212) 555-0123 and 212-555-0123; a leading 0 and groups, as in
+much of Europe and Asia; Chinese mobile numbers.
 """
 
 import ipaddress
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
+_LETTER = "A-Za-z\\u00c0-\\u024f\\u0370-\\u03ff\\u0400-\\u04ff"  # Chinese stands next to addresses without a space
+_NAME = f"[{_LETTER}0-9_+%-]+"
 _EMAIL = re.compile(
-    r"(?<![\w.+%-])[\w+%-]+(?:\.[\w+%-]+){0,8}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,8}[A-Za-z]{2,24}(?![\w-]|\.\w)"
+    rf"(?<![{_LETTER}0-9_.+%-])(?<!//){_NAME}(?:\.{_NAME}){{0,8}}@(?:[{_LETTER}0-9][{_LETTER}0-9-]{{0,62}}\.){{1,8}}"
+    rf"[{_LETTER}]{{2,24}}(?![{_LETTER}0-9_-]|\.[{_LETTER}0-9_]|:[\w.~-]*/)"
 )
 _NUMBERED = re.compile(
     r"(?:\bv|\bver(?:sion)?s?|\brelease|\bbuild|\brevision|\brev|\bfirmware|§|\bsection|\bchapter|\bfigure|\btable)[\s.:#]*$",
     re.I,
 )
-_IPV4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3,36}(?![\w:])")
-_CARD = re.compile(r"(?<![\w.,+/-])(?<!\d[ -])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w/-]|[.,]\d)")
+_NAMED = re.compile(r"(\b[A-Z][a-z]\w*) $")  # software; what is called so can be an address all the same:
+_ADDRESSED = {"Address", "Addresses", "At", "By", "Client", "Dns", "For", "From", "Gateway", "Host", "In", "Is", "On"}
+_ADDRESSED |= {"Origin", "Peer", "Ping", "Server", "Source", "The", "To", "User", "Via", "Visitor", "With"}
+MOST_OF_A_VERSION = 31
+_IPV4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)", re.ASCII)
+_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3,36}(?![\w:])", re.ASCII)
+_CARD = re.compile(r"(?<![\w.,+/-])(?<!\d[ -])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w/-]|[.,]\d)", re.ASCII)
 _PHONE = re.compile(
     r"(?<![\w.,+#$€£¥/=-])(?<!\d[ .-])(?:"
     r"\+\d{1,3}(?:[ .-]?\(\d{1,4}\))?[ .-]?\d{1,5}(?:[ .-]?\d{2,5}){1,5}"  # +44 161 496 0000, +1 (212) 555-0123
@@ -31,7 +40,8 @@ _PHONE = re.compile(
     r"|0\d{1,4}([ -/])\d{3,4}(?:[ -]?\d{3,4})?"  # 0161 496 0000, 030/123456
     r"|0\d(?:([ .])\d{2})(?:\3\d{2}){3}"  # 01 23 45 67 89
     r"|1[3-9]\d([ -]?)\d{4}\4\d{4}"  # 138 0013 8000
-    r")(?![\w/-]|[., ]\d)"
+    r")(?![\w/-]|[., ]\d)",
+    re.ASCII,
 )
 PHONE_DIGITS = range(9, 16)
 
@@ -41,7 +51,10 @@ def _is_public_ip(found: str, before: str) -> bool:
         address = ipaddress.ip_address(found)
     except ValueError:  # a part above 255, or with a zero in front
         return False
-    return address.is_global and not _NUMBERED.search(before)
+    named = _NAMED.search(before)
+    small = "." in found and all(int(part) <= MOST_OF_A_VERSION for part in found.split("."))
+    version = small and named is not None and named[1] not in _ADDRESSED
+    return address.is_global and not version and not _NUMBERED.search(before)
 
 
 def _is_card(found: str, _: str) -> bool:
@@ -67,7 +80,10 @@ _NETWORKS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
 
 
 def _is_phone(found: str, _: str) -> bool:
-    return sum(map(str.isdecimal, found)) in PHONE_DIGITS
+    groups = re.findall(r"\d+", found)
+    counted = len(groups) > 3 and all(int(b) == int(a) + 1 for a, b in pairwise(groups))
+    is_round = len(groups) > 1 and all(group.endswith("00") for group in groups)
+    return sum(map(len, groups)) in PHONE_DIGITS and not counted and not is_round
 
 
 def _always(_found: str, _before: str) -> bool:
