@@ -115,6 +115,7 @@ class ModelSection(Section):
         le=512,
         description="the one dial: layers, from which width, heads, context, and pretrain's tokens, tokens_per_step, "
         "learning_rate and sequence_length follow where they aren't given (rlhf/functional/compute_optimal.py)",
+        json_schema_extra=_NO_RESULT,  # what follows from it decides
     )
     architecture: Literal["llama", "qwen3", "gpt2"] = Field(
         "llama",

@@ -284,16 +284,19 @@ def _incontext(recipe: Recipe, prepare: PrepareSection, items: RunSearch | None)
     if section is None:
         return None
     examples: dict[str, Any] = {}
+    held_back: dict[str, int] = {}
     for name in section.tasks:
         for task, rows in _in_folder(recipe, name, training_examples).items():
             held = {number for number, _ in items.find([words_of(row.item) for row in rows])} if items else set()
             examples[task] = [row for number, row in enumerate(rows) if number not in held]
             if held:
+                held_back[task] = len(held)
                 log(
                     f"corpus: {len(held):,} training rows of {task} are in no in-context document, since they hold "
                     "items of evaluate.fewshot.tasks"
                 )
-    made = InContext(examples, section.shots, derive_seed(recipe.seed, "pretrain", "incontext"))
+    seed = derive_seed(recipe.seed, "pretrain", "incontext")
+    made = InContext(examples, section.shots, seed, held_back)
     if not made.tasks:
         raise DataError(f"pretrain.prepare.incontext: no task has rows for {min(section.shots)} demonstrations")
     for task, counts in made.left_out.items():

@@ -23,6 +23,7 @@ from evaluation.tasks import file_tasks
 from rlhf import chain
 from rlhf.data.prepare import reading, store
 from rlhf.data.prepare.card import MADE
+from rlhf.data.prepare.inputs import REPLAYED
 from rlhf.data.prepare.packing import DOCUMENT, NO_FILE
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, MissingInput
@@ -334,7 +335,7 @@ def test_it_is_kept_as_long_as_what_it_is_made_from_is_the_same(
 
 
 def test_bad_texts_leave_the_old_corpus_in_its_place(
-    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase
+    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", some_rows(30))
     recipe = recipe_of(tmp_path, [{"path": "a.jsonl"}], {})
@@ -345,6 +346,44 @@ def test_bad_texts_leave_the_old_corpus_in_its_place(
     found = corpus_of(run)
     assert found and bytes_of(found) == before
     assert not list(run.path.glob("corpus.stale*"))
+    assert "the old one is back in its place" in capsys.readouterr().out
+
+
+def test_a_new_file_is_called_new(
+    tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "a.jsonl", some_rows(30))
+    for file, told in (("b.jsonl", "file b.jsonl is new"), (None, "file b.jsonl is no longer read")):
+        make_corpus(recipe_of(tmp_path, [{"path": "*.jsonl"}], {}), run, tokenizer)
+        if file:
+            write_lines(tmp_path / file, [{"text": "one more document of six words"}])
+        else:
+            (tmp_path / "b.jsonl").unlink()
+        make_corpus(recipe_of(tmp_path, [{"path": "*.jsonl"}], {}), run, tokenizer)
+        assert told in capsys.readouterr().out
+
+
+def test_replayed_texts_are_prepared_too(tmp_path: Path, run: RunDir, tokenizer: PreTrainedTokenizerBase) -> None:
+    draw = random.Random(5)
+    item, old = text_of(draw, 20), [text_of(draw, 40) for _ in range(30)]
+    shown = [{"instruction": "Go.", "input": text_of(draw, 20), "target": "so"}]
+    write_task(tmp_path / "tasks", "asked", [{"instruction": "Go.", "input": item, "target": "so"}], shown)
+    write_lines(tmp_path / "new.jsonl", some_rows(30))
+    write_lines(tmp_path / "old.jsonl", [{"text": text} for text in [*old, old[3], f"{old[4]} {item}"]])
+    replay = {"train": [{"path": "old.jsonl"}], "share": 0.5}
+    evaluate = {"fewshot": {"tasks": ["tasks/asked"], "shots": [0]}}
+    tokenizer.save_pretrained(tmp_path / "base")
+    more = {"base": str(tmp_path / "base"), "tokenizer": None, "stages": ["pretrain"], "evaluate": evaluate}
+    recipe = recipe_of(tmp_path, [{"path": "new.jsonl"}], {}, pretrain={"replay": replay}, **more)
+    corpus = make_corpus(recipe, run, tokenizer, REPLAYED)
+    assert sorted(corpus.texts(tokenizer)) == sorted(old)
+    assert {why: figures["documents"] for why, figures in corpus.card["removed"].items()} == {
+        "exact_duplicates": 1,
+        "decontamination": 1,
+    }
+    make_corpus(recipe, run, tokenizer)
+    read = {key for key, _ in _training_texts(recipe, run)}
+    assert read == {"pretrain.train", "pretrain.replay.train"}
 
 
 def test_switching_preparation_on_makes_pretrain_stale(tmp_path: Path, run: RunDir) -> None:
@@ -445,11 +484,10 @@ def test_no_in_context_document_holds_a_test_item(
     write_lines(tmp_path / "a.jsonl", [{"text": text_of(draw, 30)} for _ in range(60)])
     prepare = {"incontext": {"share": 0.5, "tasks": ["tasks/leaking"], "shots": [0, 2]}}
     evaluate = {"fewshot": {"tasks": ["tasks/leaking"], "shots": [0]}}
-    made = "".join(
-        make_corpus(recipe_of(tmp_path, [{"path": "a.jsonl"}], prepare, evaluate=evaluate), run, tokenizer).texts(
-            tokenizer
-        )
-    )
+    recipe = recipe_of(tmp_path, [{"path": "a.jsonl"}], prepare, evaluate=evaluate)
+    corpus = make_corpus(recipe, run, tokenizer)
+    made = "".join(corpus.texts(tokenizer))
+    assert corpus.card["incontext"]["rows_held_back"] == {"leaking": 4}
     assert [row["input"] in made for row in rows] == [True] * 8 + [False] * 4
     assert "4 training rows of leaking are in no in-context document" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, tr
 from rlhf.functional.schedules import learning_rate_share
 from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups
-from rlhf.recipe import PretrainSection, Recipe, SpikesSection, dump_recipe, parse_recipe
+from rlhf.recipe import PretrainSection, Recipe, SpikesSection, dump_recipe, parse_recipe, result_fields
 from rlhf.runtime import uses_bfloat16
 from rlhf.team import Team
 from stages.pretrain import loss as loss_module
@@ -309,8 +309,8 @@ def test_usual_losses_by_hand() -> None:
     assert falling.limit < 10 - 0.05 * 80  # not taken in by what the loss was long ago
 
 
-def guard_of(**settings: Any) -> Guard:
-    return Guard(SpikesSection(good_every=10, **settings), guessing=20.0)
+def guard_of(steps: int = 1000, **settings: Any) -> Guard:
+    return Guard(SpikesSection(good_every=10, **settings), guessing=20.0, steps=steps)
 
 
 def test_a_spike_is_above_the_limit_or_no_number() -> None:
@@ -324,6 +324,15 @@ def test_a_spike_is_above_the_limit_or_no_number() -> None:
     assert "inf" in guard.fault(2.0, float("inf"))
     ignoring = guard_of(action="ignore")
     assert ignoring.fault(float("nan"), 1.0) == ""
+
+
+def test_no_more_is_skipped_than_the_training_is_long() -> None:
+    behind = []
+    for steps in (4, 1000):
+        guard = guard_of(steps)
+        guard.keep({"step": 0, "place": 0})
+        behind.append(guard.back(2, "why", place=16, rows=8).behind)
+    assert behind == [16 + 8 + 4 * 8, 16 + 8 + 10 * 8]
 
 
 def test_a_loss_far_beyond_guessing_is_a_spike_at_any_step() -> None:
@@ -446,6 +455,9 @@ def test_a_recipe_follows_from_its_depth_where_it_says_nothing_else() -> None:
     assert found.sequence_length == 2048
     again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "here")
     assert again == recipe
+    written = yaml.safe_load(dump_recipe(recipe))
+    del written["model"]["depth"]  # all that follows from it is there, and decides
+    assert result_fields(parse_recipe(written, "here").model) == result_fields(recipe.model)
     raw["model"] |= {"width": 512, "heads": 8, "context": 1024}
     raw["pretrain"] |= {"learning_rate": 0.5, "tokens": 10**9}
     mine = parse_recipe(raw, "here")

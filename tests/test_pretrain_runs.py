@@ -1,6 +1,7 @@
 """Whole pretraining runs: planted spikes, kills, processes, going on from a base, one dial."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlhf.launch import START_WORKER
 from rlhf.tinyworld.documents import documents
@@ -240,6 +242,17 @@ def test_training_goes_on_from_a_base_and_replay_keeps_what_it_knew(corpora: Pat
     forgot = {name: each["validation"]["old"]["nats_per_token"] - clean for name, each in found.items()}
     assert forgot["forgetful"] > 0.5
     assert forgot["replaying"] < forgot["forgetful"] / 2
+
+
+def test_a_base_without_numbers_is_named(corpora: Path) -> None:
+    broken = shutil.copytree(corpora / "runs/clean/pretrain/model", corpora / "broken")
+    weights = load_file(broken / "model.safetensors")
+    damaged = {name: tensor.fill_(math.nan) for name, tensor in weights.items()}
+    save_file(damaged, broken / "model.safetensors", {"format": "pt"})
+    arguments = ("stages=[pretrain]", "base=broken", "name=of-broken", "model={}", "tokenizer=null")
+    texts = ("pretrain.train=[{path: clean.jsonl}]", "pretrain.validation=[{builtin: tinyworld, rows: 20}]")
+    said = rlhf("run", "pretrain", "--recipe", str(TINY_RECIPE), *arguments, *texts, cwd=corpora, code=1)
+    assert "pretrain: the base broken, before the first step" in said and "its weights are broken" in said
 
 
 def test_one_dial_is_enough(corpora: Path) -> None:

@@ -5,6 +5,7 @@ replayed. Documents are packed end to end in a memory-mapped file.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.prepare.inputs import REPLAYED
 from rlhf.data.tokens import PackStats, ReplayedTokens, Rows
+from rlhf.errors import StageFailed
 from rlhf.job import Job
 from rlhf.model import (
     accelerator_bytes,
@@ -57,7 +59,7 @@ def run(job: Job) -> dict[str, Any]:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measure = partial(validation.measure, model, tokenizer, context_of(model), job.team)
-    before = measure() if recipe.base else None
+    before = _measured_before(measure, recipe.base) if recipe.base else None
 
     def on_the_way() -> dict[str, Any]:
         found = measure(most=QUICK)
@@ -166,6 +168,13 @@ def _announce(
         f"microbatches x {size} rows); {stats.documents:,} documents, {stats.tokens:,} tokens, "
         f"{fresh / stats.tokens:.2f} passes over them"
     )
+
+
+def _measured_before(measure: Callable[[], Measured], base: str) -> Measured:
+    try:
+        return measure()
+    except StageFailed as error:
+        raise StageFailed(f"pretrain: the base {base}, before the first step: {error}") from None
 
 
 # After it

@@ -38,9 +38,10 @@ class Rollback(NamedTuple):
 class Guard:
     """What is known about a training's losses, and the states that it can go back to."""
 
-    def __init__(self, settings: SpikesSection, guessing: float) -> None:
-        """`guessing`: the loss of a model that finds all tokens equally likely, in nats."""
+    def __init__(self, settings: SpikesSection, guessing: float, steps: int) -> None:
+        """`guessing`: the loss of a model that finds all tokens equally likely, in nats; `steps`: of the whole run."""
         self._settings, self._guessing = settings, guessing
+        self._every = min(settings.good_every, steps)
         self._losses: deque[float] = deque(maxlen=settings.history)
         self._kept: list[dict[str, Any]] = []  # the last two, the newest last
         self._in_a_row, self._farthest = 0, -1  # rollbacks since training last got past a spike; that spike's step
@@ -49,7 +50,7 @@ class Guard:
     def wants_state(self, step: int) -> bool:
         """Whether the state before this step is to be kept."""
         newest = self._kept[-1]["step"] if self._kept else -1
-        return self._settings.action == "roll_back" and step % self._settings.good_every == 0 and step > newest
+        return self._settings.action == "roll_back" and step % self._every == 0 and step > newest
 
     def keep(self, state: dict[str, Any]) -> None:
         """Keeps a state that nobody else changes, with its `step`; the one before it is good now."""
@@ -99,7 +100,7 @@ class Guard:
         state = self._kept[0]
         self._kept = [state]
         self._losses = deque(state["guard_losses"], maxlen=s.history)
-        behind = place + rows + s.good_every * 2**self._in_a_row * rows
+        behind = place + rows + self._every * 2**self._in_a_row * rows
         self._in_a_row, self._farthest = self._in_a_row + 1, max(self._farthest, step)
         record = {
             "step": step,

@@ -67,7 +67,7 @@ class Training:
         self.loss, *self.optimizers = accelerator.prepare(loss, *_optimizers(model, settings))
         self.metrics = job.metrics()
         self.saver = Saver(job, self.metrics)
-        self.guard = Guard(settings.spikes, math.log(model.config.get_text_config().vocab_size))
+        self.guard = Guard(settings.spikes, math.log(model.config.get_text_config().vocab_size), plan.steps)
         self.step = self.skipped = 0  # steps done; rows that were skipped
         self.validating = 0.0  # seconds
         self.losses, self.summed = 0.0, 0  # of the steps since the last line of metrics

@@ -21,9 +21,19 @@ class Example(NamedTuple):
 class InContext:
     """The documents that can be made."""
 
-    def __init__(self, tasks: Mapping[str, Sequence[Example]], shots: Sequence[int], seed: int) -> None:
-        """A task takes part with the numbers of demonstrations that it has rows for, one more for the item."""
+    def __init__(
+        self,
+        tasks: Mapping[str, Sequence[Example]],
+        shots: Sequence[int],
+        seed: int,
+        held_back: Mapping[str, int] | None = None,
+    ) -> None:
+        """A task takes part with the numbers of demonstrations that it has rows for, one more for the item.
+
+        `held_back`: how many rows of a task are not among these, since they hold items of tests.
+        """
         self._seed = seed
+        self.held_back = dict(held_back or {})
         self._tasks = {name: rows for name, rows in tasks.items() if any(count < len(rows) for count in shots)}
         self._shots = {name: [count for count in shots if count < len(rows)] for name, rows in self._tasks.items()}
         self.left_out = {

@@ -121,7 +121,12 @@ def prepare_texts(folder: Path, plan: Plan) -> dict[str, Any]:
     write_lines(folder / DECONTAMINATED, listed)
     found = card(store, plan.sources, plan.weights, counts, dropped)
     if plan.incontext:
-        found["incontext"] = {"tasks": plan.incontext[0].tasks, "shots_left_out": plan.incontext[0].left_out}
+        made = plan.incontext[0]
+        found["incontext"] = {
+            "tasks": made.tasks,
+            "shots_left_out": made.left_out,
+            "rows_held_back": made.held_back,
+        }
     found |= {"files": [path for path, _ in store.files()], "seconds": store.facts("seconds")}
     return {**found, "processes": plan.processes}
 
