@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.functional.masked import widened
 from rlhf.likelihood import TokenReader
-from rlhf.rollout.decoder import attention_windows
+from rlhf.rollout.beginning import Behind
 from rlhf.rollout.fit import COARSE_TOLERANCE, not_keys_and_values
+from rlhf.rollout.masks import Masks
+from rlhf.rollout.slots import KeysValues
 
 TRUNK, PADDING = 0, -1
 TOLERANCE = 1e-3  # nats, of float32 and float64 on made-up tokens; a wrong mask or position is far off
@@ -73,49 +75,25 @@ class Branches:
         return row._replace(positions=[self._beginning + position for position in positions])
 
 
-class Beginning(Cache):
-    """Keys and values of tokens that stand before every row, [1, H, P, D] each layer; nothing is added to them."""
-
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        super().__init__(layers=[])
-        self._kept = list(layers)
-        self.tokens = layers[0][0].shape[2]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """What a layer's attention looks at: the beginning and the rows' own, [B, H, P + L, D]."""
-        keys, values = self._kept[layer_idx]
-        return _behind(keys, key_states), _behind(values, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """P."""
-        return self.tokens
-
-
-def _behind(kept: Tensor, states: Tensor) -> Tensor:
-    return torch.cat((kept.expand(states.shape[0], -1, -1, -1), states), 2)
-
-
-def read_beginning(model: PreTrainedModel, reader: TokenReader, ids: Sequence[int]) -> Beginning:
-    """Reads the tokens that all rows share."""
-    cache = DynamicCache()  # told nothing of windows: it keeps all tokens
+def read_beginning(model: PreTrainedModel, reader: TokenReader, ids: Sequence[int]) -> list[KeysValues]:
+    """The keys and values, [1, H, P, D] each layer, of the tokens that all rows share."""
+    cache = Behind((), keep=True)
     positions = torch.arange(len(ids), device=model.device).unsqueeze(0)
     seen = _seen(torch.zeros(1, len(ids), dtype=torch.long, device=model.device), 0)
     reader.states(
         torch.tensor([list(ids)], device=model.device),
-        attention_mask=_masks(model, seen, positions, positions),
+        attention_mask=Masks(model)(seen, positions, positions),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     )
-    return Beginning([(layer.keys, layer.values) for layer in cache.layers])
+    return cache.seen
 
 
 def branched_states(
-    model: PreTrainedModel, reader: TokenReader, rows: Sequence[Row], beginning: Beginning | None
+    model: PreTrainedModel, reader: TokenReader, rows: Sequence[Row], beginning: Sequence[KeysValues]
 ) -> Tensor:
-    """What `reader` reads logits from, [B, L, ...], for every token of the rows."""
+    """What `reader` reads logits from, [B, L, ...], for every token of the rows behind the beginning, if any."""
     longest = max(len(row.ids) for row in rows)
 
     def padded(column: str, filler: int) -> Tensor:
@@ -123,18 +101,19 @@ def branched_states(
         return torch.tensor([each + [filler] * (longest - len(each)) for each in lists], device=model.device)
 
     ids = padded("ids", 0)
-    if beginning is None and all(row.plain for row in rows):
+    if not beginning and all(row.plain for row in rows):
         return reader.states(ids)  # padding stands on the right, where no real token looks
-    before = 0 if beginning is None else beginning.tokens
+    cache = Behind(beginning)
+    before = cache.tokens
     positions, branches = padded("positions", before), padded("branches", PADDING)
     first = torch.arange(before, device=model.device).expand(len(rows), -1)
-    masks = _masks(model, _seen(branches, before), positions, torch.cat((first, positions), 1))
+    masks = Masks(model)(_seen(branches, before), positions, torch.cat((first, positions), 1))
     return reader.states(
         ids,
         attention_mask=masks,
         position_ids=positions,
-        past_key_values=beginning,
-        use_cache=beginning is not None,
+        past_key_values=cache if beginning else None,
+        use_cache=bool(beginning),
     )
 
 
@@ -145,21 +124,6 @@ def _seen(branches: Tensor, before: int) -> Tensor:
     earlier = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
     own = earlier & ((others == TRUNK) | (others == mine))
     return torch.cat((own.new_ones(rows, length, before), own), 2)
-
-
-def _masks(model: PreTrainedModel, seen: Tensor, here: Tensor, there: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is added to the attention, [B, 1, L, P + L], for each kind of layer where there are several.
-
-    `here` [B, L] and `there` [B, P + L] are positions.
-    """
-    config = model.config.get_text_config(decoder=True)
-    zero = torch.zeros((), dtype=model.dtype, device=seen.device)
-    hidden = torch.full_like(zero, torch.finfo(model.dtype).min)
-    masks = {}
-    for kind, window in attention_windows(config).items():
-        near = seen if window is None else seen & (here.unsqueeze(2) - there.unsqueeze(1) < window)
-        masks[kind] = torch.where(near, zero, hidden).unsqueeze(1)
-    return masks if hasattr(config, "layer_types") else next(iter(masks.values()))
 
 
 # Whether a model can be read so

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from evaluation.branches import Branches, Row, branched_states, read_beginning, why_not
 from rlhf.errors import StageFailed
 from rlhf.likelihood import TokenReader
+from rlhf.rollout.beginning import common_beginning
 
 TOKEN_BUDGET = 8192  # positions of one forward pass, padding included
 PAIRS_BUDGET = 2**23  # of a position and another that it looks at, in one forward pass with masks of our own
@@ -70,7 +71,7 @@ class Scorer:
         """
         beginning = shared_beginning(requests) if self._shares else []
         rows = self._rows(requests, len(beginning))
-        kept = read_beginning(self.model, self._reader, beginning) if beginning else None
+        kept = read_beginning(self.model, self._reader, beginning) if beginning else []
         found = [0.0] * len(requests)
         answered = 0
         for batch in length_batches([len(row.ids) for row in rows], self._budget, len(beginning)):
@@ -130,7 +131,5 @@ def shared_beginning(requests: Sequence[Request]) -> list[int]:
     contexts = {tuple(request.context) for request in requests}
     if len(contexts) < 2:
         return []
-    first, last = min(contexts), max(contexts)  # what these two share in the order of tokens, all between them share
-    most = min(map(len, contexts)) - 1
-    shared = next((place for place in range(most) if first[place] != last[place]), most)
-    return list(first[:shared]) if shared * (len(contexts) - 1) >= LEAST_SAVED else []
+    shared = common_beginning(contexts)
+    return shared if len(shared) * (len(contexts) - 1) >= LEAST_SAVED else []

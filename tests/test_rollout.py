@@ -245,6 +245,22 @@ def test_rows_that_are_over_give_their_places_to_waiting_prompts(llama: PreTrain
         assert response.ended or len(response.ids) == 30
 
 
+def test_what_all_prompts_begin_with_is_read_once(model: PreTrainedModel, build: Build) -> None:
+    shared = [1, *(7 + 5 * n % 90 for n in range(33))]
+    prompts = [[*shared, *prompt] for prompt in PROMPTS * 2]
+    drawing = Drawing(8, temperature=0.8)
+    draws = uniforms(2, 0, range(len(prompts)), 8)
+    engine = build(model, drawing, batch_size=3)
+    with Passes(model) as passes:
+        found = engine.generate(prompts, draws)
+    assert [rows for rows, tokens in passes.shapes if tokens >= len(shared)] == [1]
+    for prompt, row, response in zip(prompts, draws, found, strict=True):
+        assert_alike(response, naive(model, prompt, row, drawing, build.tokenizer))
+    with Passes(model) as passes:  # too few to be worth it
+        engine.generate([prompt[20:] for prompt in prompts], draws)
+    assert (1, 14) not in passes.shapes
+
+
 def test_progress_is_told_how_many_are_over(llama: PreTrainedModel, build: Build) -> None:
     for kind in KINDS:
         told: list[int] = []

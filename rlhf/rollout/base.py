@@ -9,9 +9,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.rollout.protocol import Drawing, Response
 from rlhf.rollout.transcript import Ends, Transcript
 
+LEAST_SHARED = 32  # tokens
+
 
 class BaseEngine(ABC):
-    """An Engine that lets a model fill a transcript."""
+    """An Engine that lets a model fill a transcript.
+
+    `least_shared`: what all prompts of a call begin with is read once for all where it is at least so many tokens, by
+    an engine that can.
+    """
+
+    least_shared = LEAST_SHARED
 
     def __init__(
         self,

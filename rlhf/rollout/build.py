@@ -30,7 +30,7 @@ def build_engine(
     """An engine for a causal LM: `cache` is ours, `generate` transformers', `auto` is ours where it can run the model.
 
     `end_ids` end a response; no more than `batch_size` responses are drawn at a time; `progress` is told how many are
-    over. The engine is tried on three made-up prompts. Raises UserError where none can run the model.
+    over. The engine is tried on made-up prompts. Raises UserError where none can run the model.
     """
     reasons: dict[str, str] = {}
     for name in ENGINES if kind == "auto" else (kind,):
@@ -46,7 +46,9 @@ def build_engine(
 def _misfit(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why an engine can't run the model; None where it can."""
     reason = not_keys_and_values(model) if name == "cache" else None
-    return reason or fault(ENGINES[name](model, tokenizer, PROBE_DRAWING, end_ids=(), batch_size=PROBE_ROWS), model)
+    engine = ENGINES[name](model, tokenizer, PROBE_DRAWING, end_ids=(), batch_size=PROBE_ROWS)
+    engine.least_shared = 1
+    return reason or fault(engine, model)
 
 
 def _said(model: PreTrainedModel, reasons: dict[str, str]) -> str:

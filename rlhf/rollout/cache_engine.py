@@ -1,6 +1,7 @@
 """Our engine: a loop over a KV cache of slots that returns log-probabilities on the way.
 
-Prompts are prefilled once, in groups sorted by length, so that little is padded. A row whose response is over gives its
+Prompts are prefilled once, in groups sorted by length, so that little is padded, and what all of them begin with (a
+task's demonstrations) is read once for all. A row whose response is over gives its
 place to the next prompt (continuous batching: Yu et al. 2022, "Orca"), and when none is left, the batch shrinks. The
 randomness of a token depends on its place in `uniforms` alone, so a response does not depend on what is drawn beside
 it, ties within rounding aside.
@@ -14,6 +15,7 @@ import torch
 
 from rlhf.model import accelerator_bytes
 from rlhf.rollout.base import BaseEngine
+from rlhf.rollout.beginning import common_beginning
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.modes import evaluating, without_inference_tensors
 from rlhf.rollout.slots import KeysValues
@@ -33,7 +35,9 @@ class CacheEngine(BaseEngine):
             columns = max(map(len, prompts), default=0) + self._drawing.max_tokens
             bytes_ = accelerator_bytes(self._model.device, CACHE_SHARE) or CACHE_BYTES
             decoder = Decoder(self._model, min(self._batch_size, len(prompts)), columns, bytes_)
-            batch = _Batch(decoder, prompts, transcript, min(PREFILL_TOKENS, bytes_ // 4 // decoder.token_bytes))
+            shared = common_beginning(prompts)
+            shared = shared if len(shared) >= self.least_shared else []
+            batch = _Batch(decoder, prompts, shared, transcript, bytes_ // 4 // decoder.token_bytes)
             while batch.going:
                 before = transcript.over
                 batch.advance()
@@ -45,11 +49,17 @@ class _Batch:
     """The rows that are being drawn, each in its slot. The arrays are int64 or bool, [slots]."""
 
     def __init__(
-        self, decoder: Decoder, prompts: Sequence[list[int]], transcript: Transcript, prefill_tokens: int
+        self,
+        decoder: Decoder,
+        prompts: Sequence[list[int]],
+        shared: list[int],
+        transcript: Transcript,
+        kept_tokens: int,
     ) -> None:
-        """`prefill_tokens` of prompts are read at a time, padding included."""
+        """`shared` is what all prompts begin with; of `kept_tokens` keys and values are held beside the slots."""
         self._decoder, self._prompts, self._transcript, slots = decoder, prompts, transcript, decoder.slots
-        self._prefill_tokens = prefill_tokens
+        self._shared, self._kept_tokens = len(shared), kept_tokens
+        self._beginning = decoder.prefill([shared])[1] if shared else []
         self._waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)))
         self._episodes, self._tokens, self._positions = np.zeros((3, slots), dtype=np.int64)
         self._living = np.zeros(slots, dtype=np.bool_)
@@ -78,10 +88,12 @@ class _Batch:
         """Draws the first tokens of the next prompts; they take places as these become free."""
         episodes = [self._waiting.popleft()]
         while self._waiting and len(episodes) < self._decoder.slots:
-            if len(self._prompts[self._waiting[0]]) * (len(episodes) + 1) > self._prefill_tokens:
+            longest, rows = len(self._prompts[self._waiting[0]]), len(episodes) + 1
+            if (longest - self._shared) * rows > PREFILL_TOKENS or longest * rows > self._kept_tokens:
                 break
             episodes.append(self._waiting.popleft())
-        logits, self._group = self._decoder.prefill([self._prompts[episode] for episode in episodes])
+        rests = [self._prompts[episode][self._shared :] for episode in episodes]
+        logits, self._group = self._decoder.prefill(rests, self._beginning)
         tokens, over = self._transcript.draw(logits, np.array(episodes), np.ones(len(episodes), dtype=np.bool_))
         self._ready.extend((row, episodes[row], int(tokens[row])) for row in (~over).nonzero()[0].tolist())
 

@@ -14,7 +14,7 @@ from rlhf.rollout.protocol import Drawing, Engine, Response
 ATTENTION = ("sdpa", "eager")  # the implementations that take the masks that our engine makes
 KINDS = {"full_attention", "sliding_attention"}
 OWN_WINDOWS = ("window_size", "attention_window", "attention_window_size", "local_window")  # of masks of a model's own
-PROBE = [[1, 4, 2, 5, 3], [6, 2], [4, 4, 3]]  # any vocabulary has these ids
+PROBES = ([[1, 4, 2, 5, 3], [6, 2], [4, 4, 3]], [[5, 2, 3, 1], [5, 2, 6], [5, 2, 4, 4]])  # any vocabulary has these ids
 PROBE_ROWS = 2  # at a time, so that a prompt takes the place of another
 PROBE_DRAWING = Drawing(max_tokens=3)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}  # nats; a wrong mask or position is far off
@@ -42,18 +42,26 @@ def not_keys_and_values(model: PreTrainedModel) -> str | None:
 
 
 def fault(engine: Engine, model: PreTrainedModel) -> str | None:
-    """What is wrong when an engine with PROBE_DRAWING answers three made-up prompts; None where nothing is.
+    """What is wrong when an engine with PROBE_DRAWING answers made-up prompts; None where nothing is.
 
-    Its log-probabilities must be those of plain passes of the model over the same tokens.
+    The second three begin alike. Its log-probabilities must be those of plain passes of the model over the same tokens.
     """
     try:
-        found = engine.generate(PROBE, np.full((len(PROBE), PROBE_DRAWING.max_tokens), 0.5))
+        found = [
+            pair
+            for prompts in PROBES
+            for pair in zip(
+                prompts,
+                engine.generate(prompts, np.full((len(prompts), PROBE_DRAWING.max_tokens), 0.5)),
+                strict=True,
+            )
+        ]
     except (MemoryError, torch.OutOfMemoryError, RlhfError):
         raise
     except Exception as error:  # whatever a model raises that takes other arguments or asks more of a cache
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     with evaluating(model):
-        off = max(_off(model, *pair) for pair in zip(PROBE, found, strict=True))
+        off = max(_off(model, *pair) for pair in found)
     if off <= TOLERANCE.get(model.dtype, COARSE_TOLERANCE):
         return None
     return f"its log-probabilities come out wrong, by {off:.2g} nats"
