@@ -33,6 +33,11 @@ class Reader(NamedTuple):
     context: int  # tokens that are read at most
     begin: Sequence[int]  # the ids before every prompt
     calibrate: bool = False  # whether choices are compared with their probability where nothing is asked, too
+    control: bool = False  # whether what looks like a control token in a text is one
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, nothing before or behind them."""
+        return encode_texts(self.tokenizer, list(texts), control=self.control)
 
 
 class Outcome(NamedTuple):
@@ -50,10 +55,9 @@ def encode_questions(reader: Reader, questions: Sequence[Question], delimiter: s
     As in lm-evaluation-harness: prompt and choice are encoded together, and the choice is what has no place in the
     prompt's own ids; white space at a prompt's end belongs to it; and BOS stands before a prompt that is empty.
     """
-    tokenizer = reader.tokenizer
-    stems = encode_texts(tokenizer, [question.prompt.rstrip() for question in questions])
+    stems = reader.encode([question.prompt.rstrip() for question in questions])
     texts = [f"{question.prompt}{delimiter}{choice}" for question in questions for choice in question.choices]
-    wholes = iter(encode_texts(tokenizer, texts))
+    wholes = iter(reader.encode(texts))
     requests: list[list[Request] | None] = []
     for question, stem in zip(questions, stems, strict=True):
         found = [_request(reader, stem, next(wholes)) for _ in question.choices]
@@ -121,12 +125,12 @@ def _shares(logprobs: Sequence[float]) -> list[float]:
 
 def answer_freely(reader: Reader, style: TaskFormat, questions: Sequence[Question]) -> list[Outcome | None]:
     """What the model writes, question by question; None where the context has no room for the answer."""
-    scorer, tokenizer, context, begin, _ = reader
-    texts = encode_texts(tokenizer, [question.prompt for question in questions])
-    prompts = [[*begin, *ids] or [begin_id(tokenizer)] for ids in texts]
-    fits = [len(ids) + style.max_tokens <= context for ids in prompts]
+    tokenizer = reader.tokenizer
+    texts = reader.encode([question.prompt for question in questions])
+    prompts = [[*reader.begin, *ids] or [begin_id(tokenizer)] for ids in texts]
+    fits = [len(ids) + style.max_tokens <= reader.context for ids in prompts]
     asked = [ids for ids, fitting in zip(prompts, fits, strict=True) if fitting]
-    written = iter(write_answers(scorer.model, tokenizer, asked, style))
+    written = iter(write_answers(reader.scorer.model, tokenizer, asked, style))
     outcomes: list[Outcome | None] = []
     for question, fitting in zip(questions, fits, strict=True):
         text = next(written).text if fitting else ""

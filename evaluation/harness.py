@@ -153,6 +153,7 @@ def measure_harness(
     harness: Harness,
     *,
     begin: bool = True,
+    control: bool = False,
     context: int | None = None,
     batch_size: int | None = None,
     seed: int = SEED,
@@ -162,7 +163,8 @@ def measure_harness(
 
     A figure that is no finite number is None; one with a filter of its own is called `METRIC,FILTER`. `cut` counts the
     items whose prompt lost its beginning to the `context` (tokens; None: the model's), as lm_eval does it.
-    `begin`: BOS stands before every prompt, as in evaluation.suite; before a text it always does. `progress` is told
+    `begin`: BOS stands before every prompt, as in evaluation.suite; before a text it always does; `control`: what looks
+    like a control token is one. `progress` is told
     how many of harness.size items are answered. Raises UserError where a task can't be asked of this model.
     """
     import torch
@@ -178,7 +180,7 @@ def measure_harness(
         for task in harness.tasks.values():
             task.set_fewshot_seed(seed)  # anew for every model, or it would see other demonstrations than the last one
         try:
-            asked = HarnessModel(model, tokenizer, context=context, begin=begin, rows=rows)
+            asked = HarnessModel(model, tokenizer, context=context, begin=begin, control=control, rows=rows)
             asked.set_cache_hook(_Answered(harness, progress))
             found = evaluate(
                 asked, dict(harness.loaded), limit=harness.items, bootstrap_iters=BOOTSTRAPS, log_samples=False

@@ -19,11 +19,21 @@ class HarnessModel(HFLM):
     """The same model object, asked by lm_eval; `cut` collects the prompts whose beginning was cut off."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int, begin: bool, rows: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context: int,
+        begin: bool,
+        control: bool,
+        rows: int,
     ) -> None:
-        """`context`: tokens that are read at most. `rows` of a forward pass."""
+        """`context`: tokens that are read at most; `control`: whether what looks like a control token is one.
+
+        `rows` of a forward pass.
+        """
         first = begin_id(tokenizer)
-        self._ours, self._begin = tokenizer, [first] if begin else []
+        self._ours, self._begin, self._control = tokenizer, [first] if begin else [], control
         self.cut: set[str] = set()
         super().__init__(
             pretrained=model,
@@ -38,7 +48,8 @@ class HarnessModel(HFLM):
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
         """A prompt's ids, or with `add_special_tokens=False` those of a text that has something before it."""
-        ids = [*([] if add_special_tokens is False else self._begin), *encode_texts(self._ours, [string])[0]]
+        text = encode_texts(self._ours, [string], control=self._control)[0]
+        ids = [*([] if add_special_tokens is False else self._begin), *text]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(

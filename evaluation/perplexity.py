@@ -94,13 +94,17 @@ def score_documents(
     *,
     context: int,
     stride: int | None = None,
+    control: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[DocumentScore]:
-    """Each document's score; every document begins with BOS, which is not predicted. Empty texts score zero tokens."""
+    """Each document's score; every document begins with BOS, which is not predicted. Empty texts score zero tokens.
+
+    `control`: whether what looks like a control token is one.
+    """
     begin = begin_id(tokenizer)
     requests: list[Request] = []
     owners: list[int] = []
-    encoded = encode_texts(tokenizer, texts)
+    encoded = encode_texts(tokenizer, texts, control=control)
     for owner, ids in enumerate(encoded):
         for window in rolling_windows(ids, begin, context, stride) if ids else []:
             cut = len(window.inputs) - len(window.targets) + 1

@@ -38,6 +38,7 @@ class Suite(NamedTuple):
     begin: bool = True  # whether BOS stands before every prompt; it always does before a text
     stride: int | None = None  # tokens that a window behind the first predicts; None: as many as it reads
     calibrate: bool = False  # whether choices are also compared with their probability where nothing is asked
+    control: bool = False  # whether what looks like a control token in a text or prompt is one
     harness: Harness | None = None  # tasks of lm-evaluation-harness
 
     def draws_of(self, task: Task, shots: int) -> Iterator[list[Question]]:
@@ -101,13 +102,14 @@ def measure(
     scorer = Scorer(model)
     figures: dict[str, Any] = {}
     shown: dict[str, float] = {}
-    read = partial(score_documents, scorer, tokenizer, context=context, stride=suite.stride)
+    read = partial(score_documents, scorer, tokenizer, context=context, stride=suite.stride, control=suite.control)
     documents = {source: team.share(texts, read) for source, texts in suite.texts.items()}
     if suite.texts:
         figures = {**_perplexities(documents), "context": context, "stride": min(suite.stride or context, context)}
         shown["bits_per_byte"] = figures["bits_per_byte"]
     done = suite.documents
-    reader = fewshot.Reader(scorer, tokenizer, context, [begin_id(tokenizer)] if suite.begin else [], suite.calibrate)
+    begin = [begin_id(tokenizer)] if suite.begin else []
+    reader = fewshot.Reader(scorer, tokenizer, context, begin, suite.calibrate, suite.control)
     found: dict[str, dict[str, Any]] = {}
     answers: list[Answer] = []
     for task in suite.tasks:
@@ -130,7 +132,7 @@ def measure(
     if suite.harness:
         # lm_eval's model runs in one process or under launchers of its own, so rank 0 asks, and the others wait
         show = partial(_show_items, progress, done, shown) if progress else None
-        options: dict[str, Any] = {"begin": suite.begin, "context": context, "progress": show}
+        options: dict[str, Any] = {"begin": suite.begin, "control": suite.control, "context": context, "progress": show}
         figures["harness"] = team.from_main(partial(measure_harness, model, tokenizer, suite.harness, **options))
     return Measured({**figures, "fewshot": found}, answers, documents)
 

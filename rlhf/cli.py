@@ -202,8 +202,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", help="also write the results as JSON")] = None,
     details: Annotated[Path | None, typer.Option("--details", help="write a JSON line for every question")] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", help="whose `evaluate` section says what is measured")
-    ] = "quickstart",
+        str | None, typer.Option("--recipe", help="whose `evaluate` section says what is measured; default: quickstart")
+    ] = None,
 ) -> None:
     """Measures any local Hugging Face causal LM: perplexity, few-shot accuracy, responses, memorised documents.
 
@@ -233,9 +233,11 @@ def evaluate(
         asked.append(f"evaluate.judge={json.dumps([_named_judge(name) for name in judge])}")
     if (judge or comparisons) and not (judge and (prompts or comparisons)):
         raise UserError("--judge and --prompts or --comparisons come together: a judge needs something to judge")
+    if recipe is None:
+        asked.append("evaluate.special_tokens=tokens")  # as other harnesses read texts
     if shots:
         asked.append(f"evaluate.fewshot.shots=[{shots}]")
-    settings = load_recipe(recipe, [*asked, *overrides])
+    settings = load_recipe(recipe or "quickstart", [*asked, *overrides])
     if not directories and not comparisons:
         raise UserError("no model directory given")
     if settings.evaluate is None:

@@ -899,6 +899,11 @@ class EvaluateSection(Section):
         description="tokens that a window behind the first predicts; fewer see more before them; default: as many as "
         "it reads",
     )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="what looks like a special token in a text or prompt stays text, as in training; or is the token, "
+        "as the tokenizer itself and other harnesses read it",
+    )
     fewshot: FewShotSection = Field(default=FewShotSection(), description="in-context accuracy")
     harness: HarnessSection = Field(default=HarnessSection(), description="tasks of lm-evaluation-harness")
     prompts: tuple[Source, ...] = Field((), description="prompts that the models answer: behaviour, win rates")

@@ -97,17 +97,21 @@ def begin_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(found)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int = 2**20) -> list[list[int]]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int = 2**20, *, control: bool = False
+) -> list[list[int]]:
     """Plain text to ids, without control tokens: whatever looks like one stays text.
 
-    A text of more than `longest` characters is encoded in parts, between words where there are any: a tokenizer takes
-    a hundred times a text's size in memory. Raises UserError for a text that can't be read without a control token.
+    With `control` it is one, as the tokenizer reads texts by itself. A text of more than `longest` characters is
+    encoded in parts, between words where there are any: a tokenizer takes a hundred times a text's size in memory.
+    Raises UserError for a text that can't be read without a control token.
     """
     if not texts:
         return []
     parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text, longest)]
     found: list[list[int]] = [[] for _ in texts]
-    encoded = _reading(tokenizer).as_text(tokenizer, [part for _, part in parts])
+    reading = _reading(tokenizer)
+    encoded = (reading.as_it_does if control else reading.as_text)(tokenizer, [part for _, part in parts])
     for (owner, _), ids in zip(parts, encoded, strict=True):
         found[owner] = found[owner] + ids if found[owner] else ids
     return found
@@ -262,6 +266,13 @@ class _Reading:
             ids if self.control.isdisjoint(ids) else self._spelled(tokenizer, text, inside)
             for text, ids in zip(texts, found, strict=True)
         ]
+
+    @staticmethod
+    def as_it_does(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+        """The ids of texts as the tokenizer reads them by itself: names of control tokens are these."""
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, verbose=False)
+        found: list[list[int]] = encoded["input_ids"]
+        return found
 
     def read(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], inside: bool = False) -> list[list[int]]:
         """The ids of texts as the vocabulary has them: it may know the name of a control token."""

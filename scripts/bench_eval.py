@@ -94,12 +94,12 @@ def measure(kind: str, model_dir: str, data: str, limit: str, shots: str = "0", 
     if kind == "perplexity":
         texts = [row.value["text"] for row in read_rows(Path(data), Faults())][: int(limit)]
         began = time.monotonic()
-        scores = score_documents(Scorer(model), tokenizer, texts, context=context)
+        scores = score_documents(Scorer(model), tokenizer, texts, context=context, control=True)
         found = [{"index": place, "loglikelihood": -score.nats} for place, score in enumerate(scores)]
     else:
         known = [task for task in tasks.file_tasks(Path(data), Faults()) if task.name in names.split(",")]
         began = time.monotonic()
-        reader = fewshot.Reader(Scorer(model), tokenizer, context, [])
+        reader = fewshot.Reader(Scorer(model), tokenizer, context, [], control=True)
         for task in known:
             outcomes = fewshot.answer_by_likelihood(reader, task.format, task.questions(int(shots), int(limit), 0))
             found += [

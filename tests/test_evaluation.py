@@ -222,6 +222,8 @@ def test_text_like_a_special_token_is_scored_as_text(tokenizer: PreTrainedTokeni
     (score,) = score_documents(plain(uniform()), tokenizer, ["<|eos|>"], context=64)
     assert score.tokens > 1
     assert score.bytes == 7
+    (score,) = score_documents(plain(uniform()), tokenizer, ["<|eos|>"], context=64, control=True)
+    assert score.tokens == 1
 
 
 def test_perplexity_by_hand() -> None:

@@ -413,6 +413,17 @@ def test_a_text_may_be_unknown_where_unknown_is_the_pad_too() -> None:
         assert prepared.unk_token_id in ids and prepared.eos_token_id not in ids
 
 
+@pytest.mark.parametrize("base", [unigram, word_level])
+def test_control_tokens_are_read_as_the_tokenizer_reads_them_where_that_is_asked_for(base: Any) -> None:
+    prepared = base()
+    texts = ["a </s> b", "<unk> a", "b"]
+    expected = [prepared(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert prepared.eos_token_id in expected[0] and prepared.unk_token_id in expected[1]
+    for _ in range(2):
+        assert encode_texts(prepared, texts, control=True) == expected
+        assert prepared.eos_token_id not in encode_texts(prepared, texts[:1])[0]
+
+
 def test_a_text_that_can_only_be_read_as_a_control_token_is_refused() -> None:
     prepared = unigram()
     prepared.backend_tokenizer.normalizer = normalizers.Lowercase()

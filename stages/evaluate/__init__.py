@@ -183,6 +183,7 @@ def _prepare(recipe: Recipe, settings: EvaluateSection, team: Team, job: Job | N
         section.begin,
         stride=settings.stride,
         calibrate=section.calibrate,
+        control=settings.special_tokens == "tokens",
         harness=_harness(recipe, settings),
     )
     cut = [each for each in found if isinstance(each, tasks.FileTask) and len(each.items) > section.items]
