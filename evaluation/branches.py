@@ -79,7 +79,7 @@ def read_beginning(model: PreTrainedModel, reader: TokenReader, ids: Sequence[in
     """The keys and values, [1, H, P, D] each layer, of the tokens that all rows share."""
     cache = Behind((), keep=True)
     positions = torch.arange(len(ids), device=model.device).unsqueeze(0)
-    seen = _seen(torch.zeros(1, len(ids), dtype=torch.long, device=model.device), 0)
+    seen = _seen(torch.zeros(1, len(ids), dtype=torch.long, device=model.device))
     reader.states(
         torch.tensor([list(ids)], device=model.device),
         attention_mask=Masks(model)(seen, positions, positions),
@@ -107,7 +107,7 @@ def branched_states(
     before = cache.tokens
     positions, branches = padded("positions", before), padded("branches", PADDING)
     first = torch.arange(before, device=model.device).expand(len(rows), -1)
-    masks = Masks(model)(_seen(branches, before), positions, torch.cat((first, positions), 1))
+    masks = Masks(model)(_seen(branches), positions, torch.cat((first, positions), 1))
     return reader.states(
         ids,
         attention_mask=masks,
@@ -117,13 +117,12 @@ def branched_states(
     )
 
 
-def _seen(branches: Tensor, before: int) -> Tensor:
-    """Which tokens a token sees, bool [B, L, P + L], from the branches of a row's tokens, [B, L]."""
-    rows, length = branches.shape
+def _seen(branches: Tensor) -> Tensor:
+    """Which of its row's tokens a token sees, bool [B, L, L], from the branches of these, [B, L]."""
+    length = branches.shape[1]
     mine, others = branches.unsqueeze(2), branches.unsqueeze(1)
     earlier = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
-    own = earlier & ((others == TRUNK) | (others == mine))
-    return torch.cat((own.new_ones(rows, length, before), own), 2)
+    return earlier & ((others == TRUNK) | (others == mine))
 
 
 # Whether a model can be read so

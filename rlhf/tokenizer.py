@@ -267,28 +267,15 @@ class _Reading:
             for text, ids in zip(texts, found, strict=True)
         ]
 
-    @staticmethod
-    def as_it_does(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    def as_it_does(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
         """The ids of texts as the tokenizer reads them by itself: names of control tokens are these."""
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, verbose=False)
-        found: list[list[int]] = encoded["input_ids"]
-        return found
+        return _ids(tokenizer, texts, split=False)
 
     def read(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], inside: bool = False) -> list[list[int]]:
         """The ids of texts as the vocabulary has them: it may know the name of a control token."""
         if inside and self._bare is not None:
             return [encoding.ids for encoding in self._bare.encode_batch(texts, add_special_tokens=False)]
-        reader = self._copy or tokenizer
-        core = getattr(reader, "backend_tokenizer", None)
-        if isinstance(core, Tokenizer) and type(reader)._encode_plus is PreTrainedTokenizerFast._encode_plus:
-            # what the call below does, without offsets and masks, which take a third of its time
-            core.no_truncation()
-            core.no_padding()
-            core.encode_special_tokens = True
-            return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]
-        encoded = reader(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        found: list[list[int]] = encoded["input_ids"]
-        return found
+        return _ids(self._copy or tokenizer, texts, split=True)
 
     def _spelled(self, tokenizer: PreTrainedTokenizerBase, text: str, inside: bool) -> list[int]:
         """The ids of a text in which the vocabulary finds names of control tokens: cut after their first characters."""
@@ -323,6 +310,20 @@ class _Reading:
 
 
 _READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[Any, ...], _Reading]] = WeakKeyDictionary()
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, split: bool) -> list[list[int]]:
+    """The ids of texts alone; `split`: names of special tokens are read as text."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(core, Tokenizer) and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus:
+        # what the call below does, without offsets and masks, which take a third of its time
+        core.no_truncation()
+        core.no_padding()
+        core.encode_special_tokens = split
+        return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=split, verbose=False)
+    found: list[list[int]] = encoded["input_ids"]
+    return found
 
 
 def _reading(tokenizer: PreTrainedTokenizerBase) -> _Reading:

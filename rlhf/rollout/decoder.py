@@ -43,8 +43,7 @@ class Decoder:
         here = before + (columns - padding).clamp(min=0)
         first = torch.arange(before, device=self.device).expand(len(prompts), -1)
         own = (columns <= columns[:, None]) & (columns >= padding[:, :, None])
-        seen = torch.cat((own.new_ones(len(prompts), longest, before), own), 2)
-        masks = self._masks(seen, here, torch.cat((first, here), 1))
+        masks = self._masks(own, here, torch.cat((first, here), 1))
         logits = self._forward(ids, here, masks, cache)
         places = torch.cat((first, before + (columns + padding) % longest), 1)
         return logits, [(_taken(keys, places), _taken(values, places)) for keys, values in cache.seen]

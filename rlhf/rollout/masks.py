@@ -5,6 +5,7 @@ Legend: B rows, L tokens that look, C tokens that are looked at.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -33,11 +34,17 @@ class Masks:
     def __call__(self, seen: Tensor, here: Tensor, there: Tensor) -> Tensor | dict[str, Tensor]:
         """What is added to the attention, [B, 1, L, C], for each kind of layer where there are several.
 
-        `seen`, bool [B, L, C], tells which tokens a token may look at, windows apart; `here` [B, L] and `there` [B, C]
-        are positions in the sequence. Where all rows are alike B may be 1.
+        `seen`, bool [B, L, S], tells which of the last S tokens a token may look at, windows apart; it sees all before
+        them. `here` [B, L] and `there` [B, C] are positions in the sequence. Where all rows are alike B may be 1.
         """
         masks = {}
+        before = there.shape[1] - seen.shape[2]
         for kind, window in self._windows.items():
-            near = seen if window is None else seen & (here.unsqueeze(2) - there.unsqueeze(1) < window)
-            masks[kind] = torch.where(near, self._zero, self._hidden).unsqueeze(1)
+            if window is None:
+                own = torch.where(seen, self._zero, self._hidden)
+                masks[kind] = pad(own, (before, 0)).unsqueeze(1) if before else own.unsqueeze(1)
+            else:
+                near = here.unsqueeze(2) - there.unsqueeze(1) < window
+                near[:, :, before:] &= seen
+                masks[kind] = torch.where(near, self._zero, self._hidden).unsqueeze(1)
         return masks if self._by_kind else next(iter(masks.values()))
