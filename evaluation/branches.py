@@ -44,10 +44,12 @@ class Branches:
         """`trunk` stands behind a beginning of so many tokens."""
         self._beginning, self._trunk = beginning, list(trunk)
         self._asked: list[tuple[int, int, Sequence[int]]] = []
+        self.branched = 0  # tokens in branches, at most
 
     def add(self, owner: int, context: int, continuation: Sequence[int]) -> None:
         """A continuation behind the first `context` tokens of the whole sequence."""
         self._asked.append((owner, context - self._beginning, continuation))
+        self.branched += len(continuation) - 1
 
     def finished(self) -> Row:
         """The row. A continuation that is alone, or whose tokens stand in the trunk, needs no branch."""

@@ -27,6 +27,7 @@ from rlhf.rollout.beginning import common_beginning
 TOKEN_BUDGET = 8192  # positions of one forward pass, padding included
 PAIRS_BUDGET = 2**23  # of a position and another that it looks at, in one forward pass with masks of our own
 LONGEST_BRANCH = 16  # tokens, behind a shorter context
+MOST_BRANCHED = 32  # tokens in the branches of a row, or twice those before them: branches don't look at each other
 BROKEN = "the model's log-probabilities are not numbers: its weights are broken"
 LEAST_SAVED = 64  # tokens: for less, a beginning is not read apart
 
@@ -116,20 +117,21 @@ class Scorer:
         return found
 
     def _rows(self, requests: Sequence[Request], beginning: int) -> list[Row]:
-        """One row for each context, or for each continuation that is longer than what it would share."""
-        trunks: dict[tuple[int, ...], Branches] = {}
+        """A row for each context, several where it has many continuations; one for each that is longer than that."""
+        trunks: dict[tuple[int, ...], list[Branches]] = {}
         for owner, (context, continuation) in enumerate(requests):
             short = len(continuation) <= max(LONGEST_BRANCH, len(context) - beginning)
             trunk = tuple(context) if self._shares and short else (*context, *continuation[:-1])
-            row = trunks.setdefault(trunk[beginning:], Branches(beginning, trunk[beginning:]))
-            row.add(owner, len(context), continuation)
-        return [row.finished() for row in trunks.values()]
+            rows = trunks.setdefault(trunk, [])
+            if not rows or rows[-1].branched + len(continuation) > max(MOST_BRANCHED, 2 * (len(trunk) - beginning)):
+                rows.append(Branches(beginning, trunk[beginning:]))
+            rows[-1].add(owner, len(context), continuation)
+        return [row.finished() for rows in trunks.values() for row in rows]
 
 
 def shared_beginning(requests: Sequence[Request]) -> list[int]:
     """The tokens with which all contexts begin, less the last token of the shortest; none where it saves little."""
     contexts = {tuple(request.context) for request in requests}
-    if len(contexts) < 2:
-        return []
+    rows = max(len(contexts), sum(len(request.continuation) for request in requests) // MOST_BRANCHED)
     shared = common_beginning(contexts)
-    return shared if len(shared) * (len(contexts) - 1) >= LEAST_SAVED else []
+    return shared if len(shared) * (rows - 1) >= LEAST_SAVED else []

@@ -316,6 +316,21 @@ def test_the_beginning_is_read_once_and_the_choices_of_an_item_in_one_row() -> N
     assert shapes == [(1, 40), (4, 7)]
 
 
+def test_many_continuations_of_one_context_do_not_look_past_each_other() -> None:
+    """Items that differ in their choices alone: one row's attention would grow with the square of their number."""
+    model, shapes = made("llama"), []
+    context = [7 + i % 50 for i in range(40)]
+    requests = [Request(context, [i % 90, *range(i, i + 11)]) for i in range(60)]
+    plain_scores = Scorer(model, share=False).logprobs(requests)
+    scorer = Scorer(model)
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    assert scorer.logprobs(requests) == pytest.approx(plain_scores, abs=1e-4)
+    assert shapes[0] == (1, 39)
+    assert all(length <= 34 for _, length in shapes[1:]) and sum(rows for rows, _ in shapes[1:]) == 30
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=90), min_size=1, max_size=6))
 def test_the_shared_beginning_is_that_of_all_and_leaves_each_a_token(contexts: list[list[int]]) -> None:
     found = shared_beginning([Request([1] * 30 + context, [0]) for context in contexts])
