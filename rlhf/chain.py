@@ -278,6 +278,16 @@ def unmet(require: RequireSection, summary: dict[str, Any]) -> list[str]:
 # Running
 
 
+def wanted_stages(recipe: Recipe, stage: str) -> tuple[StageName, ...]:
+    """The stages that `all`, or the name of one, means. Raises UserError where the recipe has none of that name."""
+    if stage != "all" and stage not in STAGES:
+        raise UserError(f"no stage {stage!r}; there are: all {' '.join(STAGES)}")
+    wanted = tuple(name for name in STAGES if name in recipe.stages and stage in ("all", name))
+    if not wanted:
+        raise UserError(f"the recipe {recipe.name} has no stage {stage}; its stages are: {' '.join(recipe.stages)}")
+    return wanted
+
+
 def run_chain(
     recipe: Recipe,
     wanted: tuple[StageName, ...],

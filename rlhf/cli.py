@@ -61,16 +61,12 @@ def run(
     a stale one is moved aside and redone.
     """
     from rlhf import chain
-    from rlhf.recipe import STAGES, load_recipe
+    from rlhf.recipe import load_recipe
 
     if not recipe:
         raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
     settings = load_recipe(recipe, overrides or [])
-    if stage != "all" and stage not in STAGES:
-        raise UserError(f"no stage {stage!r}; there are: all {' '.join(STAGES)}")
-    wanted = [name for name in STAGES if name in settings.stages and stage in ("all", name)]
-    if not wanted:
-        raise UserError(f"the recipe {recipe} has no stage {stage}; its stages are: {' '.join(settings.stages)}")
+    wanted = chain.wanted_stages(settings, stage)
     command = "rlhf " + " ".join(sys.argv[1:])
     said = [argument for argument in sys.argv[1:] if argument not in ("run", "--fresh")]
     said.remove(stage) if stage in said else None
@@ -86,7 +82,7 @@ def run(
         from rlhf.worker import leave, run_under_launcher
 
         leave(run_under_launcher(settings, wanted[0], runs_dir, fresh=fresh, command=command, again=again))
-    chain.run_chain(settings, tuple(wanted), runs_dir, fresh=fresh, processes=processes, command=command, again=again)
+    chain.run_chain(settings, wanted, runs_dir, fresh=fresh, processes=processes, command=command, again=again)
 
 
 @app.command()
@@ -131,7 +127,6 @@ def recipes() -> None:
 @app.command()
 def schema() -> None:
     """Prints the JSON Schema of a recipe, so that an editor can complete and check it."""
-    import json
 
     from rlhf.recipe import Recipe
 
@@ -211,68 +206,31 @@ def evaluate(
     prompts. --tasks, --harness, --texts, --prompts, --comparisons and --training take the place of the recipe's: with
     any of them, only what is named is measured.
     """
-    from rlhf.chain import check_inputs
-    from rlhf.errors import MissingInput
-    from rlhf.recipe import load_recipe
-    from rlhf.rundir import model_config
-
-    words = model_dirs or []
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
-    directories = [Path(word) for word in words if word not in overrides]
-    asked = []
-    files = {"texts": texts, "prompts": prompts, "comparisons": comparisons, "training": training}
-    if tasks or harness or any(files.values()):
-        names = [name if name == "tinyworld" else str(Path(name).absolute()) for name in tasks or ()]
-        asked = [f"evaluate.fewshot.tasks={json.dumps(names)}", "evaluate.judge=[]"]
-        asked.append(f"evaluate.harness={json.dumps(_harness_section(harness or []))}")
-        for key, paths in files.items():
-            asked.append(f"evaluate.{key}={json.dumps([{'path': str(path.absolute())} for path in paths or ()])}")
-    if prompts:
-        asked.append("evaluate.sampling.max_tokens=256")
-    if judge:
-        asked.append(f"evaluate.judge={json.dumps([_named_judge(name) for name in judge])}")
-    if (judge or comparisons) and not (judge and (prompts or comparisons)):
-        raise UserError("--judge and --prompts or --comparisons come together: a judge needs something to judge")
-    if recipe is None:
-        asked.append("evaluate.special_tokens=tokens")  # as other harnesses read texts
-    if shots:
-        asked.append(f"evaluate.fewshot.shots=[{shots}]")
-    settings = load_recipe(recipe or "quickstart", [*asked, *overrides])
-    if not directories and not comparisons:
-        raise UserError("no model directory given")
-    if settings.evaluate is None:
-        raise UserError(f"the recipe {recipe} has no section `evaluate`")
-    settings = settings.model_copy(update={"stages": ("evaluate",)})
-    for directory in directories:
-        model_config(directory)
-    check_inputs(settings, ("evaluate",), processes=1)
-    for option, file in (("--output", output), ("--details", details)):
-        if file and not file.parent.is_dir():
-            raise MissingInput(f"{option}: no directory {file.parent}")
-        if file and file.exists() and not file.is_file():
-            raise MissingInput(f"{option}: {file} is there and is no plain file")
+    from rlhf import api
     from rlhf.runtime import print_anything
-    from stages.evaluate import evaluate_directories
 
     print_anything()
-
-    evaluate_directories(settings, [str(directory) for directory in directories], output, details)
-
-
-def _named_judge(name: str) -> dict[str, str]:
-    """The judge that a name on the command line means."""
-    file, colon, function = name.rpartition(":")
-    if not colon or Path(name).is_dir():
-        return {"model": str(Path(name).absolute()) if Path(name).is_dir() else name}
-    return {"python": f"{Path(file).absolute()}:{function}" if file.endswith(".py") else name}
-
-
-def _harness_section(named: list[str]) -> dict[str, object]:
-    """The recipe's section for TASK and FOLDER/TASK."""
-    folders = {str(Path(name).parent.absolute()) for name in named if "/" in name}
-    if len(folders) > 1:
-        raise UserError(f"--harness: tasks of one folder at a time, not of {' and '.join(sorted(folders))}")
-    return {"tasks": [Path(name).name for name in named], "include": folders.pop() if folders else None}
+    words = model_dirs or []
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    counts = [word.strip() for word in shots.split(",")] if shots else []
+    for count in counts:
+        if not count.isdecimal():
+            raise UserError(f"--shots: numbers with commas between, such as 0,8, and not {shots!r}")
+    api.evaluate(
+        [word for word in words if word not in overrides],
+        tasks=tasks or (),
+        texts=texts or (),
+        harness=harness or (),
+        shots=list(map(int, counts)),
+        prompts=prompts or (),
+        judge=judge or (),
+        comparisons=comparisons or (),
+        training=training or (),
+        recipe=recipe,
+        overrides=overrides,
+        output=output,
+        details=details,
+    )
 
 
 @app.command()

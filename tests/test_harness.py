@@ -20,8 +20,8 @@ from evaluation.harness import Harness, check_installed, harness_table, measure_
 from evaluation.scoring import Scorer
 from evaluation.suite import Suite, measure
 from evaluation.tasks import Task, file_tasks
+from rlhf.api import _harness_section
 from rlhf.chain import begin_stage, check_inputs, stage_inputs, state_of
-from rlhf.cli import _harness_section
 from rlhf.data.reader import Faults
 from rlhf.errors import MissingInput, RecipeError, UserError
 from rlhf.recipe import Recipe, load_recipe

@@ -30,7 +30,17 @@ FLOORS = [
     {"rlhf.data", "rlhf.tinyworld", "rlhf.rollout", "rlhf.judge"},
     {"evaluation"},
     {"stages"},
-    {"rlhf.cli", "rlhf.__main__", "rlhf.chain", "rlhf.launch", "rlhf.worker", "rlhf.status", "rlhf.chat", "rlhf.label"},
+    {
+        "rlhf.cli",
+        "rlhf.api",
+        "rlhf.__main__",
+        "rlhf.chain",
+        "rlhf.launch",
+        "rlhf.worker",
+        "rlhf.status",
+        "rlhf.chat",
+        "rlhf.label",
+    },
 ]
 
 

@@ -67,8 +67,10 @@ def run(job: Job) -> dict[str, Any]:
 
 def evaluate_directories(
     recipe: Recipe, directories: list[str], output: Path | None, details_file: Path | None
-) -> None:
+) -> dict[str, Any]:
     """Measures model directories by the recipe's evaluate section: a table on the terminal, JSON in files.
+
+    Returns what stands in `output`.
 
     The recipe has no other stage: the judge and the training texts of other models are none of theirs.
     """
@@ -88,6 +90,7 @@ def evaluate_directories(
         lines = [line for name, found in every.items() for line in details(name, found)]
         write_atomically(details_file, "".join(lines))
         log(f"{len(lines):,} lines written to {details_file}")
+    return results.summary
 
 
 class _Results(NamedTuple):
