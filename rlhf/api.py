@@ -1,4 +1,4 @@
-"""The Python API, as small as the command line: read a recipe, run its stages, measure any model.
+"""The Python API, as small as the command line: read a recipe, run its stages, measure any model, publish it.
 
     from rlhf.api import evaluate, load_recipe, run
 
@@ -12,14 +12,14 @@ What the command line refuses raises an rlhf.errors.RlhfError here, with the sam
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf.chain import check_inputs, run_chain, wanted_stages
 from rlhf.errors import MissingInput, UserError
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.rundir import RunDir, model_config, read_json
 
-__all__ = ["Recipe", "evaluate", "load_recipe", "run"]
+__all__ = ["Recipe", "evaluate", "load_recipe", "push", "run"]
 
 
 def run(
@@ -105,6 +105,36 @@ def evaluate(
     return evaluate_directories(
         settings, list(map(str, models)), Path(output) if output else None, Path(details) if details else None
     )
+
+
+def push(model: str | Path, repository: str, *, private: bool = True) -> str:
+    """Uploads a model directory, its card (README.md) included, to the Hugging Face hub; returns where it is.
+
+    `repository` is OWNER/NAME, made where it isn't there; a file of the same name is replaced, others stay. The token
+    is that of `hf auth login` or HF_TOKEN. Raises UserError where the hub refuses or can't be reached.
+    """
+    directory = Path(model)
+    model_config(directory)
+    if not (directory / "README.md").is_file():
+        raise MissingInput(f"{directory} has no README.md: write a model card first, the hub shows it")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    hub, unreachable = HfApi(), cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=directory, commit_message="A model by rlhf"))
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is no name on the hub (OWNER/NAME): {error}") from None
+    except OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing is uploaded") from None
+    except HfHubHTTPError as error:
+        told = str(error).splitlines()[0]
+        if error.response.status_code in (401, 403):
+            told += " (log in with `hf auth login`, or set HF_TOKEN)"
+        raise UserError(f"the hub refused {repository}: {told}") from None
+    except unreachable as error:  # the HTTP library's own, whichever it is, and OSError
+        raise UserError(f"the hub can't be reached: {str(error) or type(error).__name__}") from None
 
 
 def _only(tasks: Sequence[str | Path], harness: Sequence[str], files: dict[str, Sequence[str | Path]]) -> list[str]:

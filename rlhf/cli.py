@@ -234,6 +234,18 @@ def evaluate(
 
 
 @app.command()
+def push(
+    model_dir: Annotated[Path, typer.Argument(help="a Hugging Face directory, such as runs/mine/ppo/model")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where it isn't there")],
+    public: Annotated[bool, typer.Option("--public", help="a new repository is for everybody to see")] = False,
+) -> None:
+    """Uploads a model with its card to the Hugging Face hub, by the token of `hf auth login` or HF_TOKEN."""
+    from rlhf import api
+
+    print(f"uploaded to {api.push(model_dir, repository, private=not public)}")
+
+
+@app.command()
 def chat(
     model_dir: Annotated[Path, typer.Argument(help="a Hugging Face directory with a chat template")],
     system: Annotated[str, typer.Option("--system", help="a system turn before the first question")] = "",

@@ -1,7 +1,16 @@
 """The Python API: README's example as it stands, and the errors that it raises."""
 
+import base64
+import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 
@@ -55,3 +64,69 @@ def _model(folder: Path) -> Path:
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     return folder / "model"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """So much of the hub as an upload of small files needs; keeps what it is sent."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer hf_right":
+            self._answer(401, {"error": "Invalid credentials"})
+        elif self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            self._answer(200, {"url": f"http://{self.headers['Host']}/me/mine", "name": "me/mine"})
+        elif self.path.endswith("/preupload/main"):
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            self._answer(200, {"files": files})
+        elif self.path == "/api/validate-yaml":
+            self._answer(200, {"warnings": [], "errors": []})
+        else:
+            assert self.path == "/api/models/me/mine/commit/main"
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            where = f"http://{self.headers['Host']}/me/mine/commit/{'0' * 40}"
+            self._answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": where})
+
+    def _answer(self, code: int, value: dict[str, Any]) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_model_is_uploaded_with_its_card(hub: str, tmp_path: Path) -> None:
+    def push(*arguments: str, token: str = "hf_right", **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub, "HF_TOKEN": token}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), **more}
+        command = [sys.executable, "-m", "rlhf", "push", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    model = _model(tmp_path)
+    assert "write a model card first" in push(str(model), "me/mine").stderr
+    (model / "README.md").write_text("# mine")
+    refused = push(str(model), "me/mine", token="hf_wrong")
+    assert refused.returncode == 2 and "hf auth login" in refused.stderr and "Traceback" not in refused.stderr
+    for name, said in (("me/mine/model", "is no name on the hub"), ("me/mine", "nothing is uploaded")):
+        done = push(str(model), name, HF_HUB_OFFLINE="1")
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    done = push(str(model), "me/mine")
+    assert done.returncode == 0, done.stderr
+    assert Hub.files == {file.name: file.read_bytes() for file in model.iterdir()}
+    assert Hub.made[-1]["visibility"] == "private"
+    unreachable = push(str(model), "me/mine", HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable.returncode == 2 and "can't be reached" in unreachable.stderr
