@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.errors import StageFailed, UserError
+from rlhf.errors import Interrupted, StageFailed, UserError
 from rlhf.launch import (
     PACKAGE_ROOT,
     SHARED,
@@ -41,6 +41,7 @@ START_LAUNCHER = f"""{START}from rlhf.launcher import launch
 sys.exit(launch())"""
 START_COMMAND = f"""{START}from rlhf.cli import main
 sys.exit(main())"""
+ENDED_BY_LAUNCHER = (Interrupted.exit_code, -signal.SIGTERM)  # codes of ranks that it ends because another one failed
 GONE_SECONDS = 10.0  # what ranks have to vanish in once their launcher has been killed
 
 
@@ -145,7 +146,9 @@ def _ended(told: Path, process: "subprocess.Popen[bytes]", file: LaunchFile) -> 
     failed = process.returncode != 0
     ranks = {rank: Ended(None if failed and rank in here else 0, process.pid) for rank in range(file.processes)}
     if told.exists():
-        return ranks | {int(rank): Ended(*how) for rank, how in json.loads(told.read_text()).items()}
+        bad = {int(rank): Ended(*how) for rank, how in json.loads(told.read_text()).items()}
+        causes = {rank: one for rank, one in bad.items() if one.code not in ENDED_BY_LAUNCHER}
+        return ranks | (causes or bad)
     if process.returncode > 0:
         raise StageFailed("Accelerate's launcher could not start the processes; what it said stands above")
     return ranks
