@@ -79,6 +79,17 @@ def test_interrupted_it_writes_a_checkpoint_and_goes_on_to_the_same_end(home: Pa
     assert differences(pretrained(home), launched) == []
 
 
+def test_a_second_signal_ends_all_at_once(home: Path) -> None:
+    process = start("run", "pretrain", *TINY, OFTEN, "pretrain.tokens=4000000", *LAUNCHED, cwd=home)
+    until(lambda: sealed(pretrained(home)), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 130
+    assert len(family) == 3
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
 def test_a_rank_that_is_killed_is_named_and_none_outlives_its_parent(home: Path) -> None:
     command = ("run", "pretrain", *TINY, OFTEN, "pretrain.tokens=2000000", *LAUNCHED)
     process = start(*command, cwd=home)
