@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from rlhf.chain import check_inputs, run_chain, wanted_stages
 from rlhf.errors import MissingInput, UserError
+from rlhf.launch_file import open_launch_file
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.rundir import RunDir, model_config, read_json
 
@@ -28,21 +29,27 @@ def run(
     *,
     runs_dir: str | Path = "runs",
     fresh: bool = False,
-    processes: int = 1,
+    processes: int | None = None,
+    launch_config: str = "",
 ) -> dict[str, Any]:
     """Runs a stage, or all of the recipe's, as `rlhf run` does: each in processes of its own, finished ones skipped.
 
+    `launch_config`: a launch file for one machine, or a shipped one's name; Accelerate's launcher starts the processes.
     Returns the run's summary: what each stage's summary.json says, by the stage's name. Raises UserError for what must
     be mended first, StageFailed where a stage ended without finishing, Interrupted where it was asked to stop.
     """
     wanted = wanted_stages(recipe, stage)
+    launch = open_launch_file(launch_config, processes) if launch_config else None
+    if launch and launch.config.num_machines > 1:
+        raise UserError(f"{launch.path}: several machines are for the command line: each of them runs it")
     try:
         run_chain(
             recipe,
             wanted,
             Path(runs_dir),
             fresh=fresh,
-            processes=processes,
+            processes=processes or 1,
+            launch=launch,
             command=f"rlhf.api.run({recipe.name!r}, {stage!r})",
             again=lambda name: f"rlhf.api.run(recipe, {name!r})",
         )

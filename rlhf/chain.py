@@ -25,6 +25,8 @@ from rlhf.data.files import source_files
 from rlhf.data.prepare.inputs import corpora, task_inputs
 from rlhf.errors import Interrupted, MissingInput, StageFailed, UserError
 from rlhf.launch import TRAINING, run_processes
+from rlhf.launch_file import LaunchFile
+from rlhf.launcher import run_launched
 from rlhf.plugins import check_function, function_file
 from rlhf.recipe import (
     STAGES,
@@ -297,13 +299,18 @@ def run_chain(
     processes: int,
     command: str,
     again: Callable[[str], str],
+    launch: LaunchFile | None = None,
 ) -> None:
     """Runs the wanted stages in order; skips what is done, goes on with what was interrupted, redoes what is stale.
 
-    Raises UserError for what the user must mend, StageFailed where a stage ended without finishing, Interrupted where
-    it was asked to stop. `again` gives the command that runs a stage of this name with the same recipe.
+    `launch`: Accelerate's launcher starts the processes, as many as this file says. `again` gives the command that runs
+    a stage of this name with the same recipe. Raises UserError for what the user must mend, StageFailed where a stage
+    ended without finishing, Interrupted where it was asked to stop.
     """
+    processes = launch.processes if launch else processes
     check_inputs(recipe, wanted, processes)
+    if launch:
+        log(f"launch: {launch}")
     run = RunDir.of(recipe, runs_dir)
     run.check_free()
     if len(wanted) == 1:
@@ -322,7 +329,10 @@ def run_chain(
             todo += 1
             run.write_summary()  # without what was moved aside
             try:
-                run_processes(recipe, stage, run, processes)
+                if launch:
+                    run_launched(recipe, stage, run, launch)
+                else:
+                    run_processes(recipe, stage, run, processes)
             except SystemExit:  # the user's input was refused
                 take_back(plan)
                 raise

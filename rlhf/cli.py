@@ -52,8 +52,17 @@ def run(
     runs_dir: RunsDirOption = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="run again what is done; the old is moved aside")] = False,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, max=1024, help="processes of a stage that trains, on this machine")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--processes", min=1, max=1024, help="processes of a stage that trains, on this machine (default: 1)"
+        ),
+    ] = None,
+    launch_config: Annotated[
+        str,
+        typer.Option(
+            "--launch-config", help="Accelerate's launcher starts them: a launch file, or the name of a shipped one"
+        ),
+    ] = "",
 ) -> None:
     """Runs one stage of a recipe, or all that are not done.
 
@@ -74,15 +83,33 @@ def run(
     def again(name: str) -> str:
         return shlex.join(["rlhf", "run", name, *said])
 
+    from rlhf.launch_file import open_launch_file
+    from rlhf.launcher import check_no_launcher, run_on_machines
     from rlhf.team import rank_in_environment
 
+    if launch_config:
+        check_no_launcher()
+    launch = open_launch_file(launch_config, processes) if launch_config else None
+    if launch and launch.config.num_machines > 1:
+        options = ["--recipe", recipe, "--runs-dir", str(runs_dir), *(["--fresh"] if fresh else []), *(overrides or [])]
+        run_on_machines(settings, wanted, runs_dir, launch, options)
+        return
     if rank_in_environment()[1] > 1:
         if len(wanted) > 1:
             raise UserError(f"under a launcher one stage runs at a time: rlhf run {wanted[0]}, then the next")
         from rlhf.worker import leave, run_under_launcher
 
         leave(run_under_launcher(settings, wanted[0], runs_dir, fresh=fresh, command=command, again=again))
-    chain.run_chain(settings, wanted, runs_dir, fresh=fresh, processes=processes, command=command, again=again)
+    chain.run_chain(
+        settings,
+        wanted,
+        runs_dir,
+        fresh=fresh,
+        processes=processes or 1,
+        command=command,
+        again=again,
+        launch=launch,
+    )
 
 
 @app.command()
@@ -115,13 +142,17 @@ def prepare(
 
 @app.command()
 def recipes() -> None:
-    """Lists the shipped recipes, with what each needs and takes."""
+    """Lists the shipped recipes, with what each needs and takes, and the launch files."""
+    from rlhf.launch_file import described, shipped_launch_files
     from rlhf.recipe import load_recipe, shipped_recipes
 
     for path in shipped_recipes():
         recipe = load_recipe(str(path))
         print(f"{path.stem}\n  {recipe.description}\n  stages: {' '.join(recipe.stages)}")
         print(f"  needs:  {recipe.needs}\n  takes:  {recipe.takes}\n")
+    print("launch files, for rlhf run --launch-config NAME; each says when to take it:")
+    for path in shipped_launch_files():
+        print(f"{path.stem}\n  {described(path)}\n  {path}")
 
 
 @app.command()

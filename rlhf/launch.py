@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rlhf.errors import Interrupted, StageFailed, UserError
 from rlhf.recipe import Recipe, StageName
@@ -31,13 +32,19 @@ def run_processes(recipe: Recipe, stage: StageName, run: RunDir, processes: int)
     Interrupted where it was asked to stop. No process is left in any case.
     """
     processes = processes if stage in SHARED else 1
+    folder = empty_ranks(run, stage)
+    with Ranks(stage, folder) as ranks:
+        for rank in range(processes):
+            ranks.start(run, rank, _rank_environment(recipe, rank, processes, folder / "meeting"))
+        ranks.wait()
+
+
+def empty_ranks(run: RunDir, stage: StageName) -> Path:
+    """The folder of a stage's ranks, with nothing of earlier ones in it."""
     folder = run.stage(stage).path / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with Ranks(stage, folder) as ranks:
-        for rank in range(processes):
-            ranks.start(run, rank, _environment(recipe, rank, processes, folder / "meeting"))
-        ranks.wait()
+    return folder
 
 
 class Ranks:
@@ -46,7 +53,7 @@ class Ranks:
     def __init__(self, stage: StageName, folder: Path) -> None:
         self._stage, self._folder = stage, folder
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._asked_at: float | None = None
+        self._stop = Stop(self._ask, self._end)
 
     def __enter__(self) -> "Ranks":
         return self
@@ -64,7 +71,7 @@ class Ranks:
     def wait(self) -> None:
         """Returns once all have ended well; see `run_processes` for what it raises."""
         watch = Watch({rank: process.pid for rank, process in enumerate(self._processes)}, ended=False)
-        with self._signals_forwarded():
+        with self._stop.on_signals():
             first_at, failure = None, None
             while any(process.poll() is None for process in self._processes):
                 self._pause()
@@ -73,13 +80,13 @@ class Ranks:
                 first_at = first_at or (time.monotonic() if bad else None)
                 if failure or (first_at and time.monotonic() - first_at > GRACE_SECONDS):
                     break
-                if self._asked_at and time.monotonic() - self._asked_at > STOP_SECONDS:
+                if self._stop.overdue():
                     break
-        codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
+        ended = {rank: Ended(process.poll(), process.pid) for rank, process in enumerate(self._processes)}
         self._kill()
         if failure:
             raise StageFailed(f"the stage {self._stage}: {failure}; all its processes are ended. {GO_ON}")
-        self._judge(codes)
+        judge(self._stage, self._folder, ended, asked=self._stop.asked)
 
     def _pause(self) -> None:
         running = next((process for process in self._processes if process.poll() is None), None)
@@ -88,30 +95,6 @@ class Ranks:
                 running.wait(0.2)
             except subprocess.TimeoutExpired:
                 return
-
-    def _judge(self, codes: dict[int, int | None]) -> None:
-        """Raises what the exit codes mean. None stands for a process that had to be killed."""
-        ended = {rank: code for rank, code in codes.items() if code not in (None, 0, LOST_CONTACT)}
-        if self._asked_at is not None or {130, -signal.SIGINT, -signal.SIGTERM} & set(ended.values()):
-            raise Interrupted("interrupted")
-        if not ended and all(code == 0 for code in codes.values()):
-            return
-        rank, code = next(iter(ended.items()), next((r, c) for r, c in codes.items() if c != 0))
-        if rank > 0 and rank_log(self._folder, rank).is_file():
-            lines = rank_log(self._folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()
-            tail = "\n  ".join([f"the end of {rank_log(self._folder, rank)}:", *lines[-LAST_LINES:]])
-            print(visible(tail), file=sys.stderr)
-        if code == DISK_FULL:
-            raise StageFailed(no_room(self._folder.parent))
-        if code == UserError.exit_code:
-            raise SystemExit(code)  # the stage has said what is wrong
-        who = f"the stage {self._stage}" if len(codes) == 1 else f"the stage {self._stage}: rank {rank} of {len(codes)}"
-        who += f" (pid {self._processes[rank].pid})"
-        if code is not None and code < 0:
-            raise StageFailed(f"{who} was killed by signal {-code} ({signal.Signals(-code).name}). {GO_ON}")
-        if code is None or code == LOST_CONTACT:
-            raise StageFailed(f"{who} lost contact with the others. {GO_ON}")
-        raise StageFailed(f"{who} failed with exit code {code}")
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -123,36 +106,91 @@ class Ranks:
         for process in self._processes:
             process.wait()
 
+    def _ask(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    def _end(self) -> None:
+        for process in self._processes:  # not more: the main thread may be about to wait for one of them
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+class Stop:
+    """The first SIGINT or SIGTERM asks all ranks to write a checkpoint and to leave; a second one kills them."""
+
+    def __init__(self, ask: Callable[[], None], end: Callable[[], None]) -> None:
+        self._ask, self._end = ask, end
+        self._asked_at: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked_at is not None
+
+    def overdue(self) -> bool:
+        """Whether the ranks have had all the time that they get."""
+        return self._asked_at is not None and time.monotonic() - self._asked_at > STOP_SECONDS
+
     @contextmanager
-    def _signals_forwarded(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks all ranks to write a checkpoint and to leave; a second one kills them."""
-
-        def forward(number: int, _: FrameType | None) -> None:
-            if self._asked_at is not None:
-                for process in self._processes:  # not more: the main thread may be about to wait for one of them
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                os._exit(Interrupted.exit_code)
-            self._asked_at = time.monotonic()
-            os.write(
-                2, b"\ninterrupted: what trains finishes its step and writes a checkpoint; a second time ends all\n"
-            )
-            for process in self._processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-
-        previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    def on_signals(self) -> Iterator[None]:
+        """Within, both signals are taken over."""
+        previous = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _received(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            self._end()
+            os._exit(Interrupted.exit_code)
+        self._asked_at = time.monotonic()
+        os.write(2, b"\ninterrupted: what trains finishes its step and writes a checkpoint; a second time ends all\n")
+        self._ask()
+
+
+class Ended(NamedTuple):
+    """How a rank has ended. A code of None stands for one that had to be killed."""
+
+    code: int | None
+    pid: int
+
+
+def judge(stage: StageName, folder: Path, ranks: dict[int, Ended], *, asked: bool) -> None:
+    """Raises what the exit codes of a stage's ranks mean; see `run_processes`.
+
+    `asked`: they were asked to stop. `folder` has their logs.
+    """
+    ended = {rank: one.code for rank, one in ranks.items() if one.code not in (None, 0, LOST_CONTACT)}
+    if asked or {130, -signal.SIGINT, -signal.SIGTERM} & set(ended.values()):
+        raise Interrupted("interrupted")
+    if not ended and all(one.code == 0 for one in ranks.values()):
+        return
+    rank, code = next(iter(ended.items()), next((r, one.code) for r, one in ranks.items() if one.code != 0))
+    if rank > 0 and rank_log(folder, rank).is_file():
+        lines = rank_log(folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()
+        tail = "\n  ".join([f"the end of {rank_log(folder, rank)}:", *lines[-LAST_LINES:]])
+        print(visible(tail), file=sys.stderr)
+    if code == DISK_FULL:
+        raise StageFailed(no_room(folder.parent))
+    if code == UserError.exit_code:
+        raise SystemExit(code)  # the stage has said what is wrong
+    who = f"the stage {stage}" if len(ranks) == 1 else f"the stage {stage}: rank {rank} of {len(ranks)}"
+    who += f" (pid {ranks[rank].pid})"
+    if code is not None and code < 0:
+        raise StageFailed(f"{who} was killed by signal {-code} ({signal.Signals(-code).name}). {GO_ON}")
+    if code is None or code == LOST_CONTACT:
+        raise StageFailed(f"{who} lost contact with the others. {GO_ON}")
+    raise StageFailed(f"{who} failed with exit code {code}")
+
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # First of all, it is to end with its parent (PR_SET_PDEATHSIG), which may have ended already.
 # -P: a file in the user's folder that is called like a library is not imported; an uninstalled checkout must be found.
-START_WORKER = """import os, sys
+START = """import os, sys
 parent, root = int(sys.argv.pop(1)), sys.argv.pop(1)
 if sys.platform == 'linux':
     import ctypes
@@ -161,7 +199,8 @@ if os.getppid() != parent:
     sys.exit(1)
 if root not in sys.path:
     sys.path.insert(0, root)
-from rlhf.worker import leave, main
+"""
+START_WORKER = f"""{START}from rlhf.worker import leave, main
 leave(main())"""
 GO_ON = "The same command, without --fresh, goes on from the last checkpoint."
 
@@ -171,8 +210,8 @@ def threads_of(recipe: Recipe, processes: int) -> int:
     return recipe.threads or max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _environment(recipe: Recipe, rank: int, processes: int, meeting: Path) -> dict[str, str]:
-    """A rank's environment, which must be set before torch is imported.
+def environment_of(recipe: Recipe, processes: int) -> dict[str, str]:
+    """What each of so many processes on this machine must find in its environment before torch is imported.
 
     Threads: an idle OpenMP thread spins for some microseconds and then sleeps. Spinning without end stalls two threads
     on two shared cores; sleeping at once halves the speed of a small model.
@@ -193,6 +232,17 @@ def _environment(recipe: Recipe, rank: int, processes: int, meeting: Path) -> di
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RLHF_RENDEZVOUS"):
         found.pop(name, None)
+    return found
+
+
+def keep_to_this_machine(environment: dict[str, str]) -> None:
+    """Ranks that are all on this machine talk over its loopback interface: nobody else is to reach them."""
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _rank_environment(recipe: Recipe, rank: int, processes: int, meeting: Path) -> dict[str, str]:
+    found = environment_of(recipe, processes)
     if processes > 1:
         found |= {
             "RANK": str(rank),
@@ -201,6 +251,5 @@ def _environment(recipe: Recipe, rank: int, processes: int, meeting: Path) -> di
             "LOCAL_WORLD_SIZE": str(processes),
             "RLHF_RENDEZVOUS": str(meeting),
         }
-        if sys.platform == "linux":  # they are all on this machine, and nobody else is to reach them
-            found.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        keep_to_this_machine(found)
     return found

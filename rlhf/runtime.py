@@ -53,12 +53,38 @@ def seed_everything(seed: int) -> None:
 
 
 def make_accelerator(precision: str = "auto") -> "Accelerator":
-    """The stage's Accelerator, in the recipe's `precision`. Raises UserError where the device lacks it."""
+    """The stage's Accelerator, in the recipe's `precision`.
+
+    Raises UserError where the device lacks it, or a launcher asks for what the stages can't do.
+    """
     import torch
     from accelerate import Accelerator
 
+    refuse_sharding()
     mixed = "bf16" if uses_bfloat16(precision) else "no"
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
+
+
+SHARDING = {  # what Accelerate's launcher sets for its ranks, and what it means
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def refuse_sharding() -> None:
+    """Raises UserError where a launcher asks for sharded models: the stages hold whole ones (DDP).
+
+    Without this, FSDP asked for on a CPU becomes DDP without a word, and transformers leaves the weights of all ranks
+    but the first empty.
+    """
+    for name, what in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise UserError(
+                f"the launcher asks for {what} ({name}), and the stages hold whole models so far (DDP): take a launch "
+                "file with distributed_type: MULTI_GPU"
+            )
 
 
 def uses_bfloat16(precision: str) -> bool:

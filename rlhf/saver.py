@@ -147,7 +147,11 @@ class Saver:
         self._cadence.written()
 
     def interrupted(self, step: int) -> Interrupted:
-        """What to raise after the checkpoint that an interrupted stage leaves."""
+        """What every rank is to raise after the checkpoint that an interrupted stage leaves, once it is whole.
+
+        Torch's launcher ends all ranks as soon as one has left.
+        """
+        self._team.wait()
         return Interrupted(
             f"{self._job.stage}: interrupted; a checkpoint of step {step} is written: the same command, "
             "without --fresh, goes on there"

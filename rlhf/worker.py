@@ -26,6 +26,7 @@ from rlhf.runtime import (
     end_with_parent,
     print_anything,
     quiet_libraries,
+    refuse_sharding,
     seed_everything,
     visible,
 )
@@ -50,6 +51,7 @@ def main() -> int:
     folder = run.stage(stage).path / "ranks"
     try:
         interrupts = _begin_process(rank, folder)
+        refuse_sharding()
         recipe = load_recipe(str(run.path / "recipe.yaml"))
         announce(folder, rank)
         team = join_team()
@@ -83,6 +85,7 @@ def run_under_launcher(
 
         def decide() -> str:
             try:
+                refuse_sharding()
                 check_inputs(recipe, (stage,), team.size)
                 check_upstream(recipe, stage, run, again)
                 run.create()

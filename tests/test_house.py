@@ -36,6 +36,8 @@ FLOORS = [
         "rlhf.__main__",
         "rlhf.chain",
         "rlhf.launch",
+        "rlhf.launch_file",
+        "rlhf.launcher",
         "rlhf.worker",
         "rlhf.status",
         "rlhf.chat",
