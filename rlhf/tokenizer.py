@@ -249,7 +249,8 @@ class _Reading:
             (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
             for token in tokens
         ]
-        self.names = re.compile("|".join(re.escape(token.content) for token in tokens) or "(?!)")
+        named = sorted({*self._ids, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.names = re.compile("|".join(map(re.escape, named)) or "(?!)")
         self.special = re.compile("|".join(patterns) or "(?!)")  # (?!) is nowhere
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self.control = frozenset(set(added) - ({tokenizer.unk_token_id} - ends))  # any text may be unknown

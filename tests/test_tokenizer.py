@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.runtime import visible
@@ -433,9 +433,10 @@ def prepending() -> PreTrainedTokenizerBase:
     return prepared
 
 
-@pytest.mark.parametrize("base", [unigram, word_level, prepending])
+@pytest.mark.parametrize("base", [unigram, word_level, prepending, ByT5Tokenizer])
 @pytest.mark.parametrize("longest", [24, 25, 26, 27, 28, 29, 30, 31])
 def test_long_texts_are_read_in_parts_as_the_tokenizer_reads_the_whole(base: Any, longest: int) -> None:
+    """Of those here, the last is written in Python."""
     prepared = base()
     prepared.add_tokens([AddedToken("<mask>", special=True, rstrip=True, lstrip=True)], special_tokens=True)
     for text in ("a b </s> b a <mask> ab b <mask> b" * 6, "</s><mask></s>" * 30, "a b ab a b " * 20 + "a"):
