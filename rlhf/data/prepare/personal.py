@@ -1,10 +1,10 @@
 """Personal data masked: e-mail addresses, telephone numbers, public IP addresses, numbers of payment cards.
 
 What only looks like them stays: versions (1.2.3.4 behind `version`, `v` or a name), addresses of repositories
-(git@host:owner/name), pictures (icon@2x.png), dates, times, prices, ISBNs, private and documentation addresses, long numbers whose check digit
-is wrong, numbers that are counted up (01 02 03 04 05) or round (300-400-5000). Telephone numbers are those that are
-written as such: + and a country code; North America's (212) 555-0123 and 212-555-0123; a leading 0 and groups, as in
-much of Europe and Asia; Chinese mobile numbers.
+(git@host:owner/name), pictures (icon@2x.png), dates, times, prices, ISBNs, private and documentation addresses, long
+numbers whose check digit is wrong, numbers that are counted up (01 02 03 04 05) or round (300-400-5000). Telephone
+numbers are those that are written as such: + and a country code; North America's (212) 555-0123 and 212-555-0123; a
+leading 0 and groups, as in much of Europe and Asia; Chinese mobile numbers.
 """
 
 import ipaddress
