@@ -327,3 +327,11 @@ def test_a_stages_directory_is_told_apart_from_its_model(home: Path) -> None:
     """`runs/tiny/sft holds no config.json` left a reader to guess that the model is one folder deeper."""
     said = rlhf("evaluate", "runs/tiny/sft", "--tasks", "tinyworld", cwd=home, code=2)
     assert "did you mean runs/tiny/sft/model?" in said
+
+
+def test_a_task_that_is_named_by_its_file_is_told_how(home: Path) -> None:
+    """`no file mood.test.jsonl.test.jsonl` didn't say that a task goes without its ending."""
+    (home / "data/mood.test.jsonl").write_text("")
+    tasks = ("--tasks", "data/mood.test.jsonl")
+    said = rlhf("evaluate", "runs/tiny/sft/model", *tasks, cwd=home, code=2)
+    assert "data/mood.test.jsonl is a file; a task is named FOLDER/TASK" in said
