@@ -269,6 +269,8 @@ def file_tasks(folder: Path, faults: Faults, only: str = "") -> list[Task]:
         raise DataError(f"{folder}: no file *.test.jsonl")
     for path in sorted(folder.glob("*.yml")):
         raise DataError(f"{path}: a task's format is a file .yaml; rename it")
+    for path in sorted([*folder.glob("*.test.json"), *folder.glob("*.train.json")]):
+        raise DataError(f"{path}: a task's rows are a file .jsonl, one object a line; rename it")
     for path in sorted(folder.glob("*.yaml")):
         if path.stem not in names:
             raise DataError(f"{path}: there is no {path.stem}.test.jsonl beside it")
@@ -365,8 +367,10 @@ def _format(path: Path) -> TaskFormat:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        known = f" (known: {', '.join(TaskFormat.model_fields)})" if first["type"] == "extra_forbidden" else ""
-        raise DataError(f"{path}: {key + ': ' if key else ''}{first['msg']}{known}") from None
+        told = first["msg"]
+        if first["type"] == "extra_forbidden":
+            told = f"unknown key (known: {', '.join(TaskFormat.model_fields)})"
+        raise DataError(f"{path}: {key + ': ' if key else ''}{told}") from None
 
 
 def _checked(

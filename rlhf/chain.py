@@ -503,9 +503,10 @@ def _check_tasks(fewshot: FewShotSection, root: Path) -> None:
             raise UserError(f"evaluate.fewshot.shots: tinyworld's tasks have at most {MAX_SHOTS} demonstrations")
         path = root / task
         if task != "tinyworld" and not path.is_dir() and not list(path.parent.glob(f"{glob.escape(path.name)}.test.*")):
-            raise MissingInput(
-                f"evaluate.fewshot.tasks: no folder {path}, and no file {path}.test.jsonl (`tinyworld` is built in)"
-            )
+            named = f"no folder {path}, and no file {path}.test.jsonl (`tinyworld` is built in)"
+            if path.is_file():
+                named = f"{path} is a file; a task is named FOLDER/TASK, without .test.jsonl"
+            raise MissingInput(f"evaluate.fewshot.tasks: {named}")
 
 
 def _check_prepare(recipe: Recipe) -> None:

@@ -109,7 +109,11 @@ def model_config(directory: Path, key: str = "") -> dict[str, Any]:
         raise MissingInput(f"{said}{directory} is not there yet: the stage {stage.name} is not complete")
     if (directory / "config.json").is_file():
         raise MissingInput(f"{said}{directory / 'config.json'} can't be read: it holds no JSON object")
-    raise MissingInput(f"{said}{directory} holds no config.json, so it is no Hugging Face model directory")
+    if not directory.is_dir():
+        raise MissingInput(f"{said}{directory} is no directory: no config.json, so no Hugging Face model")
+    meant = directory / "model"
+    hint = f"; did you mean {meant}?" if (meant / "config.json").is_file() else ""
+    raise MissingInput(f"{said}{directory} holds no config.json, so it is no Hugging Face model directory{hint}")
 
 
 def no_room(folder: Path, free: int | None = None, needed: int | None = None) -> str:

@@ -36,10 +36,10 @@ def print_status(run_dir: Path) -> None:
         try:
             state = state_of(recipe, stage, run)
         except RlhfError as error:  # an input file is gone: say so, and go on with the other stages
-            print(f"  {stage:<10} {'unknown':<12} {error}")
+            print(f"  {stage:<15} {'unknown':<12} {error}")
             continue
         name = "running" if holder and state.name == "interrupted" else state.name
-        line = f"  {stage:<10} {name:<12}"
+        line = f"  {stage:<15} {name:<12}"
         summary = directory.summary()
         if summary:
             line += f"{format_seconds(summary.get('seconds') or 0):>8}  {_figures(stage, summary)}"
@@ -60,10 +60,10 @@ def _print_corpus(folder: Path, *, running: bool) -> None:
         figures = "  ".join(
             f"{key} {format_number(out[key])}" for key in ("documents", "bytes", "tokens") if key in out
         )
-        print(f"  {folder.name:<10} {'done':<12}{seconds:>8}  {figures}")
+        print(f"  {folder.name:<15} {'done':<12}{seconds:>8}  {figures}")
     elif folder.is_dir():
         parts = len(list(folder.glob("work/part-*[0-9]")))
-        print(f"  {folder.name:<10} {'running' if running else 'interrupted':<12}{parts:>8} parts are read")
+        print(f"  {folder.name:<15} {'running' if running else 'interrupted':<12}{parts:>8} parts are read")
 
 
 def _figures(stage: str, summary: dict[str, Any]) -> str:

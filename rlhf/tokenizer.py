@@ -8,6 +8,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -55,6 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+LONGEST_NAME = 200  # characters of a control token's name
 LONGEST_RUN = 1000  # characters; a longer run without a break is no word
 _RUNS = re.compile("|".join(rf"{kind}{{{LONGEST_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:_|[^\w\s])")))
 
@@ -108,24 +110,30 @@ def encode_texts(
     """
     if not texts:
         return []
-    parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text, longest)]
-    found: list[list[int]] = [[] for _ in texts]
     reading = _reading(tokenizer)
-    encoded = (reading.as_it_does if control else reading.as_text)(tokenizer, [part for _, part in parts])
-    for (owner, _), ids in zip(parts, encoded, strict=True):
-        found[owner] = found[owner] + ids if found[owner] else ids
+    read = reading.as_it_does if control else reading.as_text
+    parts = [list(_parts(text, longest, reading.names if control else None)) for text in texts]
+    found = read(tokenizer, [first for first, *_ in parts])
+    for ids, (_, *others) in zip(found, parts, strict=True):
+        if others:
+            ids += chain.from_iterable(read(tokenizer, others, inside=True))
     return found
 
 
-def _parts(text: str, longest: int) -> Iterator[str]:
-    """A text in parts of at most `longest` characters, each but the first beginning with the space before a word."""
+def _parts(text: str, longest: int, whole: re.Pattern[str] | None = None) -> Iterator[str]:
+    """A text in parts of at most `longest` characters, each but the first beginning with the space before a word.
+
+    What `whole` finds is not cut, nor cut off from the spaces beside it, where there is another place.
+    """
     start = 0
     while len(text) - start > longest:
         lowest, end = start + longest // 2, start + longest
+        names = [found.span() for found in whole.finditer(text, start, end + LONGEST_NAME)] if whole else []
+        beside = {place for first, last in names for place in range(first - 1, last + 1)}
         place = text.rfind(" ", lowest, end)
-        while place > lowest and (text[place - 1].isspace() or text[place + 1].isspace()):
+        while place > lowest and (text[place - 1].isspace() or text[place + 1].isspace() or place in beside):
             place = text.rfind(" ", lowest, place)
-        cut = place if place > lowest else end
+        cut = place if place > lowest else next((first for first, last in names if start < first < end < last), end)
         yield text[start:cut]
         start = cut
     yield text[start:]
@@ -241,6 +249,8 @@ class _Reading:
             (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
             for token in tokens
         ]
+        named = sorted({*self._ids, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.names = re.compile("|".join(map(re.escape, named)) or "(?!)")
         self.special = re.compile("|".join(patterns) or "(?!)")  # (?!) is nowhere
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self.control = frozenset(set(added) - ({tokenizer.unk_token_id} - ends))  # any text may be unknown
@@ -267,9 +277,16 @@ class _Reading:
             for text, ids in zip(texts, found, strict=True)
         ]
 
-    def as_it_does(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-        """The ids of texts as the tokenizer reads them by itself: names of control tokens are these."""
-        return _ids(tokenizer, texts, split=False)
+    def as_it_does(
+        self, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, inside: bool = False
+    ) -> list[list[int]]:
+        """The ids of texts as the tokenizer reads them by itself: names of control tokens are these, if it says so.
+
+        Those `inside` a longer text lose the blank before them where the tokenizer puts one there.
+        """
+        if inside and self._bare is not None:
+            texts = [text.removeprefix(" ") for text in texts]
+        return _ids(tokenizer, texts, split=tokenizer.split_special_tokens)
 
     def read(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], inside: bool = False) -> list[list[int]]:
         """The ids of texts as the vocabulary has them: it may know the name of a control token."""

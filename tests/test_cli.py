@@ -69,7 +69,7 @@ def test_the_recipes_are_listed_with_what_they_need() -> None:
         (["status", "nowhere"], "is no run's directory"),
         (["report", "nowhere"], "is no run's directory"),
         (["chat", "nowhere"], "no config.json"),
-        (["evaluate", "nowhere"], "no config.json"),
+        (["evaluate", "nowhere"], "nowhere is no directory: no config.json"),
         (["fly"], "No such command"),
         (["run"], "Missing argument"),
         (["run", "all", "--recipe", "quickstart", "--colour"], "No such option"),

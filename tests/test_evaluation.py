@@ -618,7 +618,7 @@ def test_braces_in_a_row_are_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("metrik: acc", "metrik: Extra inputs are not permitted (known: version,"),
+        ("metrik: acc", "metrik: unknown key (known: version,"),
         ("metric: best", "metric: Input should be 'acc'"),
         ("- a list", "must be keys with values"),
         ("a: [1", "not valid YAML: "),
@@ -645,6 +645,8 @@ def test_a_malformed_format_is_named(folder: Path, text: str, fault: str) -> Non
     [
         ("moot.yaml", r"moot\.yaml: there is no moot\.test\.jsonl beside it"),
         ("mood.yml", r"mood\.yml: a task's format is a file \.yaml; rename it"),
+        ("moot.test.json", r"moot\.test\.json: a task's rows are a file \.jsonl"),
+        ("mood.train.json", r"mood\.train\.json: a task's rows are a file \.jsonl"),
         ("mood.test.jsonl.gz", r"mood: both \.test\.jsonl and \.test\.jsonl\.gz"),
         ("mood.train.jsonl.gz", r"mood: both \.train\.jsonl and \.train\.jsonl\.gz"),
         (".test.jsonl", r"\.test\.jsonl has no task's name before \.test\.jsonl"),

@@ -309,3 +309,29 @@ def test_the_interval_of_an_accuracy_counts_prompts_not_pairs() -> None:
     trials = proportion_estimate(20, 40)
     assert estimate.high - estimate.low == pytest.approx(trials.high - trials.low, rel=0.03)
     assert share([str(i) for i in range(1000)], right) == proportion_estimate(500, 1000)
+
+
+def test_a_run_that_goes_on_from_a_base_has_no_architecture_of_its_own(tmp_path: Path) -> None:
+    """Its recipe.yaml, and so its report, named the defaults: four layers where the base has one."""
+    keys = "tokens: 8192, tokens_per_step: 1024, sequence_length: 64, learning_rate: 0.001"
+    texts = "train: [{builtin: tinyworld, rows: 9}], validation: [{builtin: tinyworld, rows: 9}]"
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nstages: [pretrain]\nbase: some/model\npretrain: {{{texts}, {keys}}}\n")
+    recipe = load_recipe(str(path))
+    path.write_text(dump_recipe(recipe))
+    assert "layers" not in path.read_text()
+    assert load_recipe(str(path)) == recipe
+
+
+def test_a_stages_directory_is_told_apart_from_its_model(home: Path) -> None:
+    """`runs/tiny/sft holds no config.json` left a reader to guess that the model is one folder deeper."""
+    said = rlhf("evaluate", "runs/tiny/sft", "--tasks", "tinyworld", cwd=home, code=2)
+    assert "did you mean runs/tiny/sft/model?" in said
+
+
+def test_a_task_that_is_named_by_its_file_is_told_how(home: Path) -> None:
+    """`no file mood.test.jsonl.test.jsonl` didn't say that a task goes without its ending."""
+    (home / "data/mood.test.jsonl").write_text("")
+    tasks = ("--tasks", "data/mood.test.jsonl")
+    said = rlhf("evaluate", "runs/tiny/sft/model", *tasks, cwd=home, code=2)
+    assert "data/mood.test.jsonl is a file; a task is named FOLDER/TASK" in said

@@ -226,7 +226,7 @@ def test_training_goes_on_from_a_base_and_replay_keeps_what_it_knew(corpora: Pat
     write_texts(corpora / "other-held-out.jsonl", other[560:])
     found = {}
     for name, more in {"forgetful": "null", "replaying": "{train: [{path: clean.jsonl}], share: 0.4}"}.items():
-        rlhf(
+        said = rlhf(
             *("run", "pretrain", "--recipe", str(TINY_RECIPE), "stages=[pretrain]", f"base={base}", f"name={name}"),
             *("model={}", "tokenizer=null", "pretrain.train=[{path: other.jsonl}]", f"pretrain.replay={more}"),
             "pretrain.validation=[{path: other-held-out.jsonl, name: new}, {builtin: tinyworld, rows: 20, name: old}]",
@@ -234,6 +234,12 @@ def test_training_goes_on_from_a_base_and_replay_keeps_what_it_knew(corpora: Pat
             cwd=corpora,
         )
         found[name] = summary(corpora / "runs" / name / "pretrain")
+        assert ("; replayed, 40% of all rows: " in said) == (name == "replaying")
+        for source in ("new", "old"):  # the last line says what came of it
+            ended, began = (
+                each["validation"][source]["nats_per_token"] for each in (found[name], found[name]["before"])
+            )
+            assert f"; {source} {ended:.3f} (the base {began:.3f})" in said
     clean = summary(corpora / "runs/clean/pretrain")["validation_nats_per_token"]
     for name, figures in found.items():
         before, after = figures["before"]["validation"], figures["validation"]

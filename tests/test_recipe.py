@@ -70,6 +70,7 @@ def test_a_section_that_somebody_wrote_is_not_at_its_default() -> None:
     [
         ("ppo.kl={target: 6, horizon: 100}", ["kl.horizon 100 is less than an update's 128 episodes"]),
         ("ppo.kl.coeficient=0.1", ["ppo.kl.coeficient", "did you mean 'coefficient'"]),
+        ("pretrain.prepare={personal_data: on}", ["prepare.personal_data", "keys such as email, phone", "'on'"]),
         ("sede=3", ["sede", "did you mean 'seed'"]),
         ("sft.learning_rate=fast", ["sft.learning_rate", "number", "'fast'"]),
         ("ppo.updates=0", ["ppo.updates", "greater than or equal to 1", "0"]),

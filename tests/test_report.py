@@ -24,7 +24,7 @@ from rlhf.errors import MissingInput, RecipeError
 from rlhf.rundir import RunDir
 
 from .conftest import rlhf
-from .made_run import ATTACK, CALIBRATION, TASK, make_run, write, write_lines
+from .made_run import ATTACK, CALIBRATION, TASK, ci, make_run, write, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,38 @@ def test_pretraining_tells_its_rollbacks_and_its_sources(html: str, made: Path) 
         assert "pretrain rolled back at step 278 to step 200: the loss is 9.1" in told
     assert "Held out, by source ends at" in text
     assert "1.136 (books)" in text
+
+
+def test_forgetting_shows_by_validation_source(copied: Path) -> None:
+    """The named validation sets and the base's figures stood in the summary alone."""
+    summary = json.loads((copied / "pretrain" / "summary.json").read_text())
+    old = {**ci("nats_per_token", 2.75, 0.1), **ci("bits_per_byte", 1.5, 0.1)}
+    new = {**ci("nats_per_token", 1.25, 0.1), **ci("bits_per_byte", 0.75, 0.1)}
+    sides = {"validation": {"old": old, "new": new}}
+    then = {"old": {"nats_per_token": 2.5}, "new": {"nats_per_token": 3.25}}
+    before = {"before": {"validation_nats_per_token": 2.0, "validation": then}}
+    write(copied / "pretrain" / "summary.json", {**summary, **sides, **before})
+    shown = Shown(report.render(copied, None, "html"))
+    assert shown.row("old") == ["old", "2.7500 [2.6500, 2.8500]", "1.5000 [1.4000, 1.6000]", "2.5000", "+0.2500"]
+    assert shown.row("new")[3:] == ["3.2500", "−2.0000"]
+    assert shown.row("all texts")[1:] == ["0.6643 [0.6443, 0.6843]", "0.2992 [0.2892, 0.3092]", "2.0000", "−1.3357"]
+    write(copied / "pretrain" / "summary.json", {**summary, **sides})
+    assert Shown(report.render(copied, None, "html")).row("new") == shown.row("new")[:3]
+    both = Shown(report.render(copied, copied, "html"))
+    assert both.row("", "nats per token, old")[2:] == ["2.7500 [2.6500, 2.8500]"] * 2 + ["0.0000", "overlap"]
+
+
+def test_a_single_model_has_nothing_beside_it(copied: Path) -> None:
+    """The report told the reader to run `rlhf evaluate` again, which changes nothing."""
+    summary = json.loads((copied / "evaluate" / "summary.json").read_text())
+    alone = {**summary, "models": {"base": summary["models"]["base"]}, "differences": {}, "changes": {}}
+    alone |= {"win_rates": {}}
+    write(copied / "evaluate" / "summary.json", alone)
+    (copied / "evaluate" / "responses.jsonl").unlink()
+    shutil.rmtree(copied / "ppo")
+    text = " ".join(" ".join(Shown(report.render(copied, None, "html")).texts).split())
+    assert "Nothing to compare: one model was measured, base." in text
+    assert "a recipe that asks for it (evaluate.prompts, a judge, and two models or more): rlhf run evaluate" in text
 
 
 def test_what_is_not_available_says_why(html: str) -> None:

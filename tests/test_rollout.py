@@ -259,6 +259,9 @@ def test_what_all_prompts_begin_with_is_read_once(model: PreTrainedModel, build:
     with Passes(model) as passes:  # too few to be worth it
         engine.generate([prompt[20:] for prompt in prompts], draws)
     assert (1, 14) not in passes.shapes
+    with Passes(model) as passes:  # nobody to share it with
+        engine.generate(prompts[:1], draws[:1])
+    assert [tokens for _, tokens in passes.shapes if tokens > 1] == [len(prompts[0])]
 
 
 def test_progress_is_told_how_many_are_over(llama: PreTrainedModel, build: Build) -> None:

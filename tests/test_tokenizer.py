@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.runtime import visible
@@ -422,6 +422,38 @@ def test_control_tokens_are_read_as_the_tokenizer_reads_them_where_that_is_asked
     for _ in range(2):
         assert encode_texts(prepared, texts, control=True) == expected
         assert prepared.eos_token_id not in encode_texts(prepared, texts[:1])[0]
+
+
+def prepending() -> PreTrainedTokenizerBase:
+    """As Llama's and Mistral's first: a blank before whatever is read, even before a blank."""
+    prepared = unigram()
+    core = prepared.backend_tokenizer
+    core.pre_tokenizer = None
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return prepared
+
+
+@pytest.mark.parametrize("base", [unigram, word_level, prepending, ByT5Tokenizer])
+@pytest.mark.parametrize("longest", [24, 25, 26, 27, 28, 29, 30, 31])
+def test_long_texts_are_read_in_parts_as_the_tokenizer_reads_the_whole(base: Any, longest: int) -> None:
+    """Of those here, the last is written in Python."""
+    prepared = base()
+    prepared.add_tokens([AddedToken("<mask>", special=True, rstrip=True, lstrip=True)], special_tokens=True)
+    for text in ("a b </s> b a <mask> ab b <mask> b" * 6, "</s><mask></s>" * 30, "a b ab a b " * 20 + "a"):
+        whole = prepared(text, add_special_tokens=False)["input_ids"]
+        assert encode_texts(prepared, [text], longest, control=True) == [whole]
+    plain = "a b ab a b " * 20 + "a"
+    assert encode_texts(prepared, [plain], longest) == encode_texts(prepared, [plain])
+
+
+def test_a_tokenizer_that_takes_names_of_control_tokens_for_text_is_left_to_it() -> None:
+    prepared = bytes_only(eos_token="</s>")
+    text = "a </s> b"
+    assert prepared.eos_token_id in encode_texts(prepared, [text], control=True)[0]
+    prepared.split_special_tokens = True
+    expected = prepared(text, add_special_tokens=False)["input_ids"]
+    assert encode_texts(prepared, [text], control=True) == [expected]
+    assert prepared.eos_token_id not in expected
 
 
 def test_a_text_that_can_only_be_read_as_a_control_token_is_refused() -> None:

@@ -25,6 +25,7 @@ from evaluation.report.overview import flattened, outcome
 from evaluation.report.reading import group, interval, number, one_line, shortened, signed
 
 LONGEST_VALUE = 160
+NATS = Measure("nats_per_token", "nats per token", 4)
 STAGE_FIGURES: dict[str, tuple[Measure, ...]] = {
     "tokenizer": (Measure("vocab_size", "vocabulary", 0), Measure("bytes_per_token", "bytes per token", 3)),
     "pretrain": (
@@ -111,6 +112,9 @@ def _stages(first: Report, second: Report) -> Section:
         for place, measure in enumerate(known):
             named = Cell("" if place else stage, full=stage, number=False)
             rows.append([named, text(measure.name), *compared(a, b, measure)])
+        for source in {**group(a, "validation"), **group(b, "validation")} if stage == "pretrain" else ():
+            was, now = group(a, "validation", source), group(b, "validation", source)
+            rows.append([text(""), text(f"nats per token, {one_line(source)}"), *compared(was, now, NATS)])
     states = [
         Paragraph(f"{letter}: {stage.name} is {stage.state}.", "warning")
         for letter, run in (("A", first), ("B", second))

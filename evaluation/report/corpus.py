@@ -44,16 +44,24 @@ def _card(name: str, card: dict[str, Any]) -> list[Block]:
 
 def _facts(card: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     read, out = group(card, "in"), group(card, "out")
-    for key, what, scale in (("documents", "documents", 1.0), ("bytes", "MB", 1e-6)):
+    for key, what, scale in (("documents", "documents written", 1.0), ("bytes", "MB written", 1e-6)):
         before, after = number(read, key), number(out, key)
         if after is None:
             continue
         shown = digits(after * scale, 0 if scale == 1 else 1)
-        told = "" if before is None else f"of {digits(before * scale, 0 if scale == 1 else 1)} read"
+        told = "" if before is None else f"{digits(before * scale, 0 if scale == 1 else 1)} read"
+        if told and key == "documents" and (gone := sum(_documents(card).values())):
+            told += f", {whole(gone)} removed"
         yield what, shown, told
     yield "tokens", whole(number(out, "tokens")), f"{digits(number(out, 'bytes_per_token'), 2)} bytes a token"
     seconds = sum(value for key in group(card, "seconds") if (value := number(group(card, "seconds"), key)))
     yield "prepared in", format_seconds(seconds), "minutes:seconds" if seconds < 3600 else "hours:minutes:seconds"
+
+
+def _documents(card: dict[str, Any]) -> dict[str, float]:
+    """How many documents each reason removed."""
+    removed = group(card, "removed")
+    return {why: number(group(removed, why), "documents") or 0.0 for why in removed}
 
 
 def _by_source(card: dict[str, Any]) -> Table:
@@ -78,7 +86,10 @@ def _by_source(card: dict[str, Any]) -> Table:
             ]
         )
     header = ("source", "weight", "read", "MB", "removed", "written", "MB", "tokens", "bytes a token")
-    notes = ("Read, removed, written: documents. What is written counts as often as the weight says.",)
+    notes = (
+        "Read, removed, written: documents. What is written counts as often as the weight says, documents made of "
+        "few-shot tasks besides.",
+    )
     return Table("By source", header, rows, notes)
 
 

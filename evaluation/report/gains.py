@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from evaluation.report.document import Block, Cell, Section, Table, text
+from evaluation.report.document import Block, Cell, Paragraph, Section, Table, text
 from evaluation.report.gather import Report
 from evaluation.report.measured import missing, models_of, rising
 from evaluation.report.reading import (
@@ -34,7 +34,10 @@ def gains(report: Report) -> Section:
         blocks.append(Table("Reward, language and behaviour", header, rows, notes))
     differences = group(evaluated, "differences")
     blocks.extend(table for pair in differences if (table := _accuracy_gains(pair, group(differences, pair))))
-    if not blocks:
+    if not blocks and len(models) == 1:
+        told = f"Nothing to compare: one model was measured, {one_line(next(iter(models)))}. With sft or ppo among the "
+        blocks.append(Paragraph(f"{told}recipe's stages, each model stands beside the one before it.", "missing"))
+    elif not blocks:
         blocks = missing(report, "Nothing to compare")
     return Section("gains", "What alignment gained and what it cost", blocks)
 

@@ -15,6 +15,7 @@ from evaluation.report.reading import (
     number,
     one_line,
     shortened,
+    signed,
     whole,
     words,
 )
@@ -59,27 +60,31 @@ def models_of(report: Report) -> dict[str, dict[str, Any]]:
     return {name: group(models, name) for name in models}
 
 
-def missing(report: Report, what: str, stage: str = "evaluate") -> list[Block]:
-    """What is said in the place of something that isn't there, and the command that makes it."""
+def missing(report: Report, what: str, stage: str = "evaluate", asks: str = "") -> list[Block]:
+    """What is said in the place of something that isn't there, and the command that makes it.
+
+    `asks`: what a recipe that has it says.
+    """
     found = report.stages.get(stage)
     if found is None:
         return [Paragraph(f"{what}: the recipe has no stage {stage}.", "missing")]
     if found.state == "done":
-        told = (
-            f"{what}: the stage {stage} of this run did not measure it. With a recipe that asks for it: {found.command}"
-        )
+        asking = f"asks for it ({asks})" if asks else "asks for it"
+        told = f"{what}: the stage {stage} of this run did not measure it. With a recipe that {asking}: {found.command}"
         return [Paragraph(told, "missing")]
     return [Paragraph(f"{what}: the stage {stage} is not done ({found.state}). Run: {found.command}", "missing")]
 
 
 def evaluation(report: Report) -> Section:
     """The table of all models."""
-    models = models_of(report)
+    models, pretrained = models_of(report), _validation(report.summary("pretrain"))
+    validation: list[Block] = [pretrained] if pretrained else []
     if not models:
-        return Section("evaluation", "Evaluation", missing(report, "No evaluation"))
+        return Section("evaluation", "Evaluation", [*validation, *missing(report, "No evaluation")])
     blocks: list[Block] = [
         table
         for table in (
+            pretrained,
             _measures("Held-out documents", models, TEXTS, lambda figures: figures),
             _fewshot_table(models),
             _measures("How they answer", models, BEHAVIOUR, lambda figures: group(figures, "behaviour")),
@@ -88,6 +93,31 @@ def evaluation(report: Report) -> Section:
         if table
     ]
     return Section("evaluation", "Evaluation", blocks)
+
+
+def _validation(pretrain: dict[str, Any]) -> Table | None:
+    """The validation texts of pretrain by source, beside what the base was on them: where it has forgotten."""
+    sources, before = group(pretrain, "validation"), group(pretrain, "before")
+    if not sources and not before:
+        return None
+    told = ("nats_per_token", "bits_per_byte")
+    rows = [_validated("all texts", pretrain, before, [f"validation_{key}" for key in told])]
+    rows += [_validated(name, group(sources, name), group(before, "validation", name), told) for name in sources]
+    header = ["", "nats per token", "bits per byte"]
+    notes = ["In brackets: 95 % intervals."]
+    if before:
+        header += ["nats per token, the base", "change"]
+        notes.append("The base is as it was before the first step; a change above 0 is what was forgotten.")
+    rows = [row[: len(header)] for row in rows]
+    return Table("Validation texts of pretraining, by source", header, rows, notes)
+
+
+def _validated(name: str, now: dict[str, Any], then: dict[str, Any], keys: Sequence[str]) -> list[Cell]:
+    nats, bits = (Measure(key, "", 4) for key in keys)
+    before, after = number(then, nats.key), number(now, nats.key)
+    change = "–" if before is None or after is None else signed(after - before, 4)
+    named = Cell(one_line(name), full=name, number=False)
+    return [named, cell(now, nats), cell(now, bits), cell(then, nats), Cell(change)]
 
 
 def _measures(
@@ -215,7 +245,8 @@ def fewshot(report: Report, most: int) -> Section:
     drawn = [_fewshot_chart(task, models) for task in tasks[:most]]
     charts = [chart for chart in drawn if chart]
     if not charts:
-        return Section("fewshot", "Accuracy over the number of demonstrations", missing(report, "No few-shot tasks"))
+        nothing = missing(report, "No few-shot tasks", asks="evaluate.fewshot.tasks")
+        return Section("fewshot", "Accuracy over the number of demonstrations", nothing)
     blocks: list[Block] = [Charts(charts)]
     if len(tasks) > most:
         left_out = f"{len(tasks) - most:,} more tasks are in the table above; their charts are left out here."
@@ -248,7 +279,8 @@ def win_rates(report: Report) -> Section:
     """Which model's responses are preferred, with the length taken out."""
     found = group(report.summary("evaluate"), "win_rates")
     if not found:
-        return Section("wins", "Win rates", missing(report, "Win rates are not known"))
+        asks = "evaluate.prompts, a judge, and two models or more"
+        return Section("wins", "Win rates", missing(report, "Win rates are not known", asks=asks))
     rows, notes = [], ["0.5 is as good as the other. Length-controlled: as if both answered at the same length."]
     share = Measure("", "", 3)
     for pair in found:

@@ -81,7 +81,9 @@ def _earlier_outcome(report: Report) -> str:
     reward, sft, pretrain = (report.summary(stage) for stage in ("reward", "sft", "pretrain"))
     told = []
     if (loss := number(pretrain, "validation_nats_per_token")) is not None:
-        told.append(f"pretraining ended at {digits(loss)} nats per token on held-out documents")
+        before = number(group(pretrain, "before"), "validation_nats_per_token")
+        moved = "ended at" if before is None else f"went from {digits(before)} to"
+        told.append(f"pretraining {moved} {digits(loss)} nats per token on held-out documents")
     if (loss := number(sft, "validation_nats_per_token")) is not None:
         told.append(f"SFT at {digits(loss)} on held-out dialogues")
     if (accuracy := number(reward, "accuracy")) is not None:
@@ -169,7 +171,7 @@ def sources(report: Report, stage: str) -> str:
     """What a stage reads, as the recipe names it."""
     section = report.recipe.get(stage)
     found = [
-        f"{key.rpartition('.')[2].replace('_', ' ')}: {_source(source)}"
+        f"{key.replace('.', ' ').replace('_', ' ')}: {_source(source)}"
         for key, value in flattened(section if isinstance(section, dict) else {}).items()
         for source in (value if isinstance(value, list) else ())
         if isinstance(source, dict) and any(source.get(kind) for kind in ("builtin", "path", "hub"))

@@ -17,7 +17,8 @@ def answers(report: Report, most: int, longest: int) -> Section:
     title = "The same prompts, answered by each model"
     shown = report.answers[:most]
     if not shown:
-        return Section("answers", title, missing(report, "No responses (evaluate/responses.jsonl)"))
+        nothing = missing(report, "No responses (evaluate/responses.jsonl)", asks="evaluate.prompts")
+        return Section("answers", title, nothing)
     blocks: list[Block] = [_answered(line, longest) for line in shown]
     if report.answers_in_all > len(shown):
         blocks.append(

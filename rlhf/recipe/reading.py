@@ -191,6 +191,8 @@ def _explain(error: Any) -> str:
         return f"{key}: {message}" if location else message
     if error["type"] == "tuple_type":
         message = "must be a list"
+    if error["type"] == "model_type":
+        message = "must be a section, with keys such as " + ", ".join(_fields_at(location)[:4])
     given = error.get("input")
     shown = repr(given) if not isinstance(given, dict | list) else f"a {type(given).__name__}"
     return f"{key}: {message[0].lower() + message[1:]} (given: {shown[:80]})" + _nearest_choice(given, error)

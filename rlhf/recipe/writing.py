@@ -8,13 +8,20 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from rlhf.recipe.model import ModelSection
 from rlhf.recipe.reading import StrictDumper
 from rlhf.recipe.whole import Recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; reading it gives an equal recipe."""
-    text: str = yaml.dump(_plain(recipe), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=100)
+    """The resolved recipe as YAML; reading it gives an equal recipe.
+
+    With `base` it has no section `model`: the architecture is the base's.
+    """
+    plain = _plain(recipe)
+    if recipe.base is not None and recipe.model == ModelSection():
+        del plain["model"]
+    text: str = yaml.dump(plain, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=100)
     return text
 
 

@@ -36,7 +36,7 @@ class CacheEngine(BaseEngine):
             bytes_ = accelerator_bytes(self._model.device, CACHE_SHARE) or CACHE_BYTES
             decoder = Decoder(self._model, min(self._batch_size, len(prompts)), columns, bytes_)
             shared = common_beginning(prompts)
-            shared = shared if len(shared) >= self.least_shared else []
+            shared = shared if len(prompts) > 1 and len(shared) >= self.least_shared else []
             batch = _Batch(decoder, prompts, shared, transcript, bytes_ // 4 // decoder.token_bytes)
             while batch.going:
                 before = transcript.over

@@ -55,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     model.to(accelerator.device)
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
     size = settings.microbatch_size or _rows_fitting(model, settings, mine)
-    _announce(job, settings, model, plan, size, texts.corpus.stats)
+    _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measure = partial(validation.measure, model, tokenizer, context_of(model), job.team)
@@ -69,6 +69,7 @@ def run(job: Job) -> dict[str, Any]:
     training = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way)
     outcome = training.run()
     after = measure()
+    _tell(after, before)
     _warn_of_divergence(model, after)
     summary = _summary(model, plan, texts, outcome, after, before)
     if job.team.is_main:
@@ -150,7 +151,7 @@ def _rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int) 
 
 
 def _announce(
-    job: Job, settings: PretrainSection, model: PreTrainedModel, plan: Plan, size: int, stats: PackStats
+    job: Job, settings: PretrainSection, model: PreTrainedModel, plan: Plan, size: int, texts: _Texts
 ) -> None:
     """The arithmetic that follows from the recipe."""
     m, mine = job.recipe.model, plan.parts[-1].rows // job.team.size
@@ -162,12 +163,20 @@ def _announce(
             f"{settings.learning_rate:g}"
         )
     passes = -(-mine // size)
-    fresh = plan.tokens * (1 - settings.replay.share if settings.replay else 1)
+    share, corpus = settings.replay.share if settings.replay else 0.0, texts.corpus.stats
+    replayed = ""
+    if texts.replayed:
+        old = texts.replayed.stats
+        replayed = f"; replayed, {share:.0%} of all rows: {_read(old, plan.tokens * share)}"
     log(
         f"pretrain: {count_parameters(model):,} parameters; {plan.describe()} ({job.team.size} processes x {passes} "
-        f"microbatches x {size} rows); {stats.documents:,} documents, {stats.tokens:,} tokens, "
-        f"{fresh / stats.tokens:.2f} passes over them"
+        f"microbatches x {size} rows); {_read(corpus, plan.tokens * (1 - share))}{replayed}"
     )
+
+
+def _read(stats: PackStats, tokens: float) -> str:
+    """What so many tokens are of a corpus."""
+    return f"{stats.documents:,} documents, {stats.tokens:,} tokens, {tokens / stats.tokens:.2f} passes over them"
 
 
 def _measured_before(measure: Callable[[], Measured], base: str) -> Measured:
@@ -178,6 +187,22 @@ def _measured_before(measure: Callable[[], Measured], base: str) -> Measured:
 
 
 # After it
+
+
+def _tell(after: Measured, before: Measured | None) -> None:
+    """What training came to on the held-out texts, all together and by source, beside the base's."""
+
+    def told(name: str, now: float, then: float | None) -> str:
+        return f"{name} {now:.3f}" if then is None else f"{name} {now:.3f} (the base {then:.3f})"
+
+    began = before.whole().nats_per_token.mean if before else None
+    whole = told("held out", after.whole().nats_per_token.mean, began)
+    then = before.by_source() if before else {}
+    sources = [
+        told(name, figures["nats_per_token"], then.get(name, {}).get("nats_per_token"))
+        for name, figures in after.by_source().items()
+    ]
+    log(f"pretrain: nats per token, {'; '.join([whole, *sources])}")
 
 
 def _warn_of_divergence(model: PreTrainedModel, after: Measured) -> None:

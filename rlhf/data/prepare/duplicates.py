@@ -151,7 +151,7 @@ def candidates(sketches: Sketches, changed: float, large: bool, name: str) -> np
     if found is not None:
         return found
     pairs = np.zeros(0, dtype=np.uint64)  # packed
-    with Bar("corpus: large buckets" if large else "corpus: pairs", sketches.bands) as bar:
+    with Bar("corpus: near duplicates, large groups" if large else "corpus: near duplicates", sketches.bands) as bar:
         for band in range(sketches.bands):
             fresh = [pairs]
             for low, high in _ranges(int(sketches.there.sum()), 32):
