@@ -109,6 +109,8 @@ class LaunchConfig(_Part):
                 raise ValueError(f"machine_rank: counted from 0, so below num_machines ({self.num_machines})")
         elif self.machine_rank:
             raise ValueError("machine_rank: there is one machine (num_machines)")
+        elif self.distributed_type == "MULTI_GPU" and self.gpu_ids != "all" and "," not in (self.gpu_ids or ","):
+            raise ValueError("gpu_ids: Accelerate's launcher takes all, or two and more with commas between")
         for key, kind in (("fsdp_config", "FSDP"), ("deepspeed_config", "DEEPSPEED")):
             if getattr(self, key) and self.distributed_type != kind:
                 raise ValueError(f"{key} belongs to distributed_type: {kind}, and not to {self.distributed_type}")

@@ -133,6 +133,7 @@ MACHINES = {**GOOD, "num_machines": 2, "main_process_ip": "127.0.0.1", "main_pro
         ({**GOOD, "dynamo_config": {}}, "dynamo_config: can't be followed: the recipe"),
         ({**GOOD, "megatron_lm_config": {}}, "megatron_lm_config: can't be followed"),
         ({**GOOD, "machine_rank": 1}, "machine_rank: there is one machine"),
+        ({**GOOD, "gpu_ids": "0"}, "gpu_ids: Accelerate's launcher takes all, or two"),
         ({**MACHINES, "num_processes": 3}, "num_processes counts over all machines"),
         ({**MACHINES, "machine_rank": 2}, "machine_rank: counted from 0"),
         ({**MACHINES, "main_process_ip": None}, "main_process_ip and main_process_port"),

@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf import api
+from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
 from tests.conftest import ROOT, TINY_RECIPE, rlhf
 from tests.equal_runs import differences
 from tests.test_resume import STAGES, sealed, start, until
@@ -77,6 +80,17 @@ def test_interrupted_it_writes_a_checkpoint_and_goes_on_to_the_same_end(home: Pa
     pretrained(home).rename(launched)
     rlhf(*command, "--processes", "2", cwd=home)
     assert differences(pretrained(home), launched) == []
+
+
+def test_a_second_signal_ends_all_at_once(home: Path) -> None:
+    process = start("run", "pretrain", *TINY, OFTEN, "pretrain.tokens=4000000", *LAUNCHED, cwd=home)
+    until(lambda: sealed(pretrained(home)), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 130
+    assert len(family) == 3
+    assert psutil.wait_procs(family, timeout=5)[1] == []
 
 
 def test_a_rank_that_is_killed_is_named_and_none_outlives_its_parent(home: Path) -> None:
@@ -152,3 +166,15 @@ def test_two_machines_come_to_what_two_processes_come_to(home: Path) -> None:
     (first, said), (second, also) = on_two_machines(home, "sft")
     assert (first, second) == (2, 2), said + also
     assert "sft stands on the stage pretrain, which has not been run" in said
+
+
+def test_the_api_leaves_several_machines_to_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 2\nnum_processes: 2\n"
+        "main_process_ip: 127.0.0.1\nmain_process_port: 1234\n"
+    )
+    with pytest.raises(UserError, match=r"mine\.yaml: several machines are for the command line"):
+        api.run(load_recipe(str(TINY_RECIPE)), runs_dir=tmp_path, launch_config=str(file))
+    with pytest.raises(UserError, match=r"--processes 4 and .* disagree"):
+        api.run(load_recipe(str(TINY_RECIPE)), runs_dir=tmp_path, processes=4, launch_config="cpu-2")
