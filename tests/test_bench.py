@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from scripts.bench import show
+
 from .conftest import ROOT, TINY_RECIPE
 
 
@@ -21,7 +25,9 @@ def bench(*arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_figures_are_the_run_s_and_another_machine_stands_beside_them(tmp_path: Path) -> None:
+def test_figures_are_the_run_s_and_another_machine_stands_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, stages = tmp_path / "bench.json", "stages=[tokenizer, pretrain]"
     said = bench(stages, "--json", str(file))
     (result,) = map(json.loads, file.read_text().splitlines())
@@ -33,12 +39,13 @@ def test_figures_are_the_run_s_and_another_machine_stands_beside_them(tmp_path: 
     assert 0 < share < 1
     slower = {key: value / 2 for key, value in result["figures"].items()}
     other = {**result, "machine": {"processor": "an abacus"}, "figures": slower}
-    file.write_text(json.dumps(other) + "\n")
-    said = bench(stages, "--against", str(file))
+    show(result, other)
+    said = capsys.readouterr().out
     assert "against: processor an abacus" in said
     row = next(line for line in said.splitlines() if "pretrain, tokens/s" in line)
     mine, _, ratio = (cell.strip().replace(",", "") for cell in row.split("│")[2:5])
     assert abs(float(ratio) - float(mine) / slower["pretrain, tokens/s"]) < 0.01
+    file.write_text(json.dumps(other) + "\n")
     assert "that can't be compared" in bench("stages=[tokenizer]", "--against", str(file), code=1)
     file.write_text("nothing")
     assert "not a file that --json wrote" in bench("stages=[tokenizer]", "--against", str(file), code=1)

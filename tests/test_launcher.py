@@ -63,6 +63,7 @@ def test_all_stages_come_to_what_two_processes_come_to(tmp_path: Path) -> None:
         assert differences(ours, launched) == [], stage
 
 
+@pytest.mark.slow
 def test_interrupted_it_writes_a_checkpoint_and_goes_on_to_the_same_end(home: Path) -> None:
     command = ("run", "pretrain", *TINY, OFTEN)
     process = start(*command, *LAUNCHED, cwd=home)
@@ -153,6 +154,7 @@ def on_two_machines(home: Path, *words: str) -> list[tuple[int, str]]:
     return [(machine.returncode, text) for machine, text in zip(machines, said, strict=True)]
 
 
+@pytest.mark.slow
 def test_two_machines_come_to_what_two_processes_come_to(home: Path) -> None:
     (first, said), (second, also) = on_two_machines(home, "pretrain")
     assert (first, second) == (0, 0), said + also
