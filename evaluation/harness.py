@@ -164,8 +164,8 @@ def measure_harness(
     A figure that is no finite number is None; one with a filter of its own is called `METRIC,FILTER`. `cut` counts the
     items whose prompt lost its beginning to the `context` (tokens; None: the model's), as lm_eval does it.
     `begin`: BOS stands before every prompt, as in evaluation.suite; before a text it always does; `control`: what looks
-    like a control token is one. `progress` is told
-    how many of harness.size items are answered. Raises UserError where a task can't be asked of this model.
+    like a control token is one. `progress` is told how many of harness.size items are answered. Raises UserError where
+    a task can't be asked of this model.
     """
     import torch
     from lm_eval import evaluate

@@ -95,6 +95,8 @@ def run(
         run_on_machines(settings, wanted, runs_dir, launch, options)
         return
     if rank_in_environment()[1] > 1:
+        if processes and processes != rank_in_environment()[1]:
+            raise UserError("--processes: the launcher that has started this process says how many there are")
         if len(wanted) > 1:
             raise UserError(f"under a launcher one stage runs at a time: rlhf run {wanted[0]}, then the next")
         from rlhf.worker import leave, run_under_launcher

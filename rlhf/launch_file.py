@@ -205,10 +205,10 @@ def read_launch_file(path: Path) -> LaunchConfig:
     try:
         return LaunchConfig.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {_explain(one, raw)}" for one in error.errors())) from None
+        raise RecipeError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from None
 
 
-def _explain(error: Any, raw: dict[str, Any]) -> str:
+def _explain(error: Any) -> str:
     """One line for one pydantic error."""
     place = [str(part) for part in error["loc"]]
     key, given = ".".join(place), error["input"]

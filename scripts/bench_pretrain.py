@@ -156,7 +156,7 @@ def whole_text_loss(checkout: Path, folder: Path) -> float:
     import torch
 
     theirs = runpy.run_path(str(checkout / "model.py"))
-    kept = torch.load(folder / "out" / "ckpt.pt", map_location="cpu")
+    kept = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     if kept["iter_num"] != ITERATIONS:
         sys.exit(f"nanoGPT's last checkpoint is of iteration {kept['iter_num']}, not {ITERATIONS}")
     model = theirs["GPT"](theirs["GPTConfig"](**kept["model_args"]))

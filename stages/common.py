@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
-from rlhf.data.tokens import PackedTokens, PackStats, pack
+from rlhf.data.tokens import PackedTokens, pack
 from rlhf.errors import DataError, RecipeError
 from rlhf.job import Job
 from rlhf.model import end_ids, load_causal_lm
@@ -95,14 +95,9 @@ def check_context(model: PreTrainedModel, key: str, tokens: int) -> None:
 
 
 def packed_texts(
-    job: Job,
-    sources: tuple[Source, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    seed: int | None,
-    name: str = "texts",
-) -> tuple[PackedTokens, PackStats]:
-    """Texts as one file of token ids in STAGE/NAME, written once by the first process, read in rows of `length`."""
+    job: Job, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+) -> PackedTokens:
+    """Texts as one file of token ids in STAGE/texts, written once by the first process, read in rows of `length`."""
 
     def make(folder: Path) -> dict[str, Any]:
         if not job.team.is_main:
@@ -113,8 +108,7 @@ def packed_texts(
         report_faults(dataset)
         return stats._asdict()
 
-    kept = once(job, name, make)
-    return PackedTokens(kept.path / "tokens.bin", len(tokenizer), length, seed), PackStats(**kept.facts)
+    return PackedTokens(once(job, "texts", make).path / "tokens.bin", len(tokenizer), length, seed)
 
 
 def _with_sizes(texts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:

@@ -180,3 +180,10 @@ def test_the_api_leaves_several_machines_to_the_command_line(tmp_path: Path) -> 
         api.run(load_recipe(str(TINY_RECIPE)), runs_dir=tmp_path, launch_config=str(file))
     with pytest.raises(UserError, match=r"--processes 4 and .* disagree"):
         api.run(load_recipe(str(TINY_RECIPE)), runs_dir=tmp_path, processes=4, launch_config="cpu-2")
+
+
+def test_a_launcher_and_processes_that_disagree_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = rlhf("run", "pretrain", "--recipe", str(TINY_RECIPE), "--processes", "3", cwd=home, code=2)
+    assert "the launcher that has started this process says how many" in said

@@ -23,7 +23,7 @@ from evaluation.tasks import file_tasks
 from rlhf import chain
 from rlhf.data.prepare import reading, store
 from rlhf.data.prepare.card import MADE
-from rlhf.data.prepare.inputs import REPLAYED
+from rlhf.data.prepare.inputs import CORPUS, REPLAYED, corpus_inputs
 from rlhf.data.prepare.packing import DOCUMENT, NO_FILE
 from rlhf.data.reader import Faults
 from rlhf.errors import DataError, MissingInput
@@ -384,6 +384,10 @@ def test_replayed_texts_are_prepared_too(tmp_path: Path, run: RunDir, tokenizer:
     make_corpus(recipe, run, tokenizer)
     read = {key for key, _ in _training_texts(recipe, run)}
     assert read == {"pretrain.train", "pretrain.replay.train"}
+    prepare = {"incontext": {"share": 0.5, "tasks": ["tasks/asked"], "shots": [0]}}  # made of the new texts alone
+    other = recipe_of(tmp_path, [{"path": "new.jsonl"}], prepare, pretrain={"replay": replay}, **more)
+    same = {name: corpus_inputs(recipe, name, "") == corpus_inputs(other, name, "") for name in (CORPUS, REPLAYED)}
+    assert same == {CORPUS: False, REPLAYED: True}
 
 
 def test_switching_preparation_on_makes_pretrain_stale(tmp_path: Path, run: RunDir) -> None:

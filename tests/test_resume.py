@@ -98,9 +98,7 @@ WAYS_TO_FINE_TUNE = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if way == "adapters" else pytest.mark.slow) for way in WAYS_TO_FINE_TUNE]
-)
+@pytest.mark.parametrize("way", WAYS_TO_FINE_TUNE)
 def test_however_it_is_fine_tuned_it_goes_on_and_ends_bitwise_equal(
     finished_chain: Path, tmp_path: Path, way: str
 ) -> None:
@@ -152,7 +150,7 @@ WAYS_OF_PPO = {
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if way == "adapters" else pytest.mark.slow) for way in WAYS_OF_PPO]
+    "way", [pytest.param(way, marks=pytest.mark.slow if way == "backing-off" else ()) for way in WAYS_OF_PPO]
 )
 def test_ppo_with_controllers_texts_and_adapters_goes_on_and_ends_bitwise_equal(
     finished_chain: Path, tmp_path: Path, way: str

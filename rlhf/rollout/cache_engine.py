@@ -1,10 +1,9 @@
 """Our engine: a loop over a KV cache of slots that returns log-probabilities on the way.
 
 Prompts are prefilled once, in groups sorted by length, so that little is padded, and what all of them begin with (a
-task's demonstrations) is read once for all. A row whose response is over gives its
-place to the next prompt (continuous batching: Yu et al. 2022, "Orca"), and when none is left, the batch shrinks. The
-randomness of a token depends on its place in `uniforms` alone, so a response does not depend on what is drawn beside
-it, ties within rounding aside.
+task's demonstrations) is read once for all. A row whose response is over gives its place to the next prompt (continuous
+batching: Yu et al. 2022, "Orca"), and when none is left, the batch shrinks. The randomness of a token depends on its
+place in `uniforms` alone, so a response does not depend on what is drawn beside it, ties within rounding aside.
 """
 
 from collections import deque

@@ -92,7 +92,7 @@ class Stage:
             return None
         check_context(self.roles.actors.policy, "ppo.ptx.sequence_length", ptx.sequence_length)
         seed = derive_seed(self.job.recipe.seed, "ppo", "texts")
-        packed, _ = packed_texts(self.job, ptx.train, self.vocabulary.tokenizer, ptx.sequence_length, seed)
+        packed = packed_texts(self.job, ptx.train, self.vocabulary.tokenizer, ptx.sequence_length, seed)
         rows = ptx.tokens_per_minibatch // ptx.sequence_length
 
         def texts(step: int) -> torch.Tensor:

@@ -29,23 +29,25 @@ def corpus_inputs(recipe: Recipe, name: str, tokenizer: str) -> dict[str, Any]:
         for field, value in result_fields(recipe.pretrain).items()
         if field == key or field.split(".")[0] == "prepare"
     }
+    if name == REPLAYED:  # no in-context documents are made of it
+        found = {field: value for field, value in found.items() if not field.startswith("prepare.incontext")}
     found |= {"seed": recipe.seed, "data.on_bad_row": recipe.data.on_bad_row, "tokenizer": tokenizer}
     for source in sources:
         for path in source_files(source, root):
             found[f"file {path.relative_to(root) if path.is_relative_to(root) else path}"] = digest_file(path)
     if any(source.builtin for source in sources):
         found["tinyworld"] = _tinyworld()
-    return found | task_inputs(recipe)
+    return found | task_inputs(recipe, incontext=name == CORPUS)
 
 
-def task_inputs(recipe: Recipe) -> dict[str, Any]:
-    """What of few-shot tasks decides a corpus: which are kept out of it, which it is made of."""
+def task_inputs(recipe: Recipe, *, incontext: bool = True) -> dict[str, Any]:
+    """What of few-shot tasks decides a corpus: which are kept out of it, and, with `incontext`, which it is made of."""
     prepare = recipe.pretrain.prepare if recipe.pretrain else None
     found: dict[str, Any] = {}
     if prepare is None:
         return found
     fewshot = recipe.evaluate.fewshot if recipe.evaluate and prepare.decontamination else None
-    named = [*(fewshot.tasks if fewshot else ()), *(prepare.incontext.tasks if prepare.incontext else ())]
+    named = [*(fewshot.tasks if fewshot else ()), *(prepare.incontext.tasks if incontext and prepare.incontext else ())]
     for task in named:
         if task != "tinyworld":
             path = Path(recipe.data.root) / task
