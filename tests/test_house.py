@@ -24,6 +24,7 @@ FLOORS = [
         "rlhf.job",
         "rlhf.trackers",
         "rlhf.saver",
+        "rlhf.sharding",
         "rlhf.plugins",
         "rlhf.templates",
     },

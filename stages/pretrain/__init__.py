@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.prepare.inputs import REPLAYED
 from rlhf.data.tokens import PackStats, ReplayedTokens, Rows
-from rlhf.errors import StageFailed
+from rlhf.errors import StageFailed, UserError
 from rlhf.job import Job
 from rlhf.model import (
     accelerator_bytes,
@@ -29,6 +29,7 @@ from rlhf.model import (
 from rlhf.products import use_onednn
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import derive_seed, log, make_accelerator
+from rlhf.sharding import ShardedModels, WholeModels, sharded_models
 from rlhf.tokenizer import begin_id, load_tokenizer, token_info
 from stages.common import card_facts, check_context, context_of, named_model
 from stages.corpus import Corpus, training_corpus
@@ -66,8 +67,8 @@ def run(job: Job) -> dict[str, Any]:
         return {**found.figures(), **found.lines()}
 
     begin = begin_id(tokenizer) if settings.isolate_documents else None
-    training = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way)
-    outcome = training.run()
+    holding = _holding(job, settings) or WholeModels(accelerator)
+    outcome = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, holding, on_the_way).run()
     after = measure()
     _tell(after, before)
     _warn_of_divergence(model, after)
@@ -122,6 +123,16 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         ),
         m.initialisation,
     )
+
+
+def _holding(job: Job, settings: PretrainSection) -> ShardedModels | None:
+    """The way to hold the model in pieces, where a launcher has asked for it."""
+    sharded = sharded_models(job.team, job.sharding, job.recipe.precision)
+    if sharded and settings.compile:
+        raise UserError(
+            "pretrain.compile: not under FSDP: take it off, or a launch file with distributed_type: MULTI_GPU"
+        )
+    return sharded
 
 
 class _Texts(NamedTuple):
