@@ -12,7 +12,7 @@ A checkpoint holds pieces (rlhf.checkpoint.Piece), which another number of proce
 import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +63,20 @@ class Holding(Protocol):
 
     def computing(self) -> AbstractContextManager[None]:
         """Within, gathered models compute as the learners do."""
+
+
+@contextmanager
+def gathered(*held: Held) -> Iterator[None]:
+    """Within, all of these models have their weights."""
+    with ExitStack() as stack:
+        for each in held:
+            stack.enter_context(each.gathered())
+        yield
+
+
+def is_absent(model: nn.Module) -> bool:
+    """Whether some of a model's weights are not there, since they lie in pieces."""
+    return any(parameter.device == ABSENT for parameter in model.parameters())
 
 
 # Whole
