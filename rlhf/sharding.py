@@ -273,6 +273,16 @@ def _assembled(local: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> DTensor
 # States
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some of a module's parameters lie in pieces."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def learned(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may lie in pieces, whole; all processes must come here."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -300,7 +310,7 @@ def pieces(tree: Any) -> Any:
 
 def weights_of(module: nn.Module) -> dict[str, Any]:
     """All weights of a module by name, as a checkpoint holds them."""
-    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    if not is_sharded(module):
         return module.state_dict()
     named = dict(module.named_parameters())  # tied ones once
     kept = {name: value for name, value in module.state_dict().items() if not isinstance(value, DTensor)}

@@ -61,7 +61,7 @@ from stages.common import (
 from stages.lora import add_adapters, merged, save_adapter, trained_parameters
 from stages.packing import IGNORED, PackingCollator, check_isolation
 from stages.sft_trainer import LeanSFTTrainer
-from stages.trl_glue import Training, Validation, run_trainer, trainer_arguments
+from stages.trl_glue import Training, Validation, learning, run_trainer, trainer_arguments
 
 SHOWN = 4000  # characters of the first dialogue
 
@@ -319,8 +319,9 @@ def _train(
     )
     figures = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
     collator = PackingCollator(settings.max_tokens, tokenizer.pad_token_id) if settings.packing else None
+    held = learning(job, model)
     trainer = LeanSFTTrainer(
-        model=model,
+        model=held.learner,
         args=arguments,
         train_dataset=_dataset(train).select(order),
         processing_class=tokenizer,
@@ -328,7 +329,7 @@ def _train(
     )
     measure = partial(validation_loss, job.team, model, validation)
     validating = Validation(measure, settings.validate_every, "validation_nats_per_token", settings.early_stopping)
-    return run_trainer(trainer, job, settings.steps, figures, settings.log_every, validating)
+    return run_trainer(trainer, model, held, job, settings.steps, figures, settings.log_every, validating)
 
 
 def _dataset(chats: list[EncodedChat]) -> Dataset:

@@ -17,7 +17,7 @@ from rlhf.functional.masked import masked_mean, masked_moments, mean_and_varianc
 from rlhf.judge import mean_figures
 from rlhf.rollout import Response
 from rlhf.runtime import derive_seed
-from rlhf.sharding import load_optimizer, pieces, put_in, whole
+from rlhf.sharding import learned, load_optimizer, pieces, put_in, whole
 from stages.ppo.episodes import Episode, Prompt, Trajectory, microbatches_of, pack_episodes
 from stages.ppo.roles import Actors, Outputs, Pass, Who
 from stages.ppo.rollout import Rollout, Setup, shaped
@@ -90,7 +90,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """What the next update depends on."""
         return {
-            "actors": pieces({name: p.detach() for name, p in self._learned().items()}),
+            "actors": pieces({name: p.detach() for name, p in learned(self._actors).items()}),
             "optimizers": {who: pieces(optimizer.state_dict()) for who, optimizer in self._optimizers.items()},
             "kl_coefficient": self.kl_coefficient,
             "scores": list(self._scores),
@@ -98,14 +98,11 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
-        put_in(self._learned(), state["actors"])
+        put_in(learned(self._actors), state["actors"])
         for who, optimizer in self._optimizers.items():
             load_optimizer(optimizer, state["optimizers"][who])
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
-
-    def _learned(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self._actors.named_parameters() if parameter.requires_grad}
 
     def _set_rates(self, number: int, scale: float) -> dict[str, float]:
         """The learning rates of this update."""
