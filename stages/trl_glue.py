@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf.checkpoint import Checkpoint, copy_tree, load_tree, save_pieces, save_tree
@@ -226,7 +228,8 @@ def learning(job: Job, model: Any) -> Held:
 class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes have no types
     """What a trainer does otherwise where its model lies in pieces: mixed into those of the stages.
 
-    Such a checkpoint is read by trainers of whole models as well, and by any number of processes.
+    Such a checkpoint is read by trainers of whole models as well, and by any number of processes; and so is a trainer's
+    own.
     """
 
     def _share(self) -> tuple[int, int]:
@@ -254,35 +257,41 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_ours(resume_from_checkpoint):
-            put_in(learned(self.model), self._read(resume_from_checkpoint, "weights"))
+        folder = Path(resume_from_checkpoint)
+        files = [*folder.glob("*model*.safetensors")]
+        if _is_ours(folder):
+            put_in(learned(self.model), load_tree(folder, "weights", self._share()))
+        elif is_sharded(self.model) and files:
+            adapted = isinstance(self.model, PeftModel)
+            known = get_peft_model_state_dict(self.model) if adapted else self.model.state_dict()
+            for file in files:
+                weights = load_file(file)
+                put_in({name: known[name] for name in weights}, weights)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint and self._is_ours(checkpoint):
-            load_optimizer(self.optimizer, self._read(checkpoint, "optimizer"))
-            self.lr_scheduler.load_state_dict(self._read(checkpoint, "scheduler"))
-        else:
+        if checkpoint is None or not (is_sharded(self.model) or _is_ours(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if _is_ours(folder):
+            optimizer, scheduler = (load_tree(folder, name, self._share()) for name in ("optimizer", "scheduler"))
+        else:
+            files = (folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME)
+            optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        load_optimizer(self.optimizer, optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Of a checkpoint of ours the Saver has restored the random states, as those of all stages."""
-        if not (checkpoint and self._is_ours(checkpoint)):
+        if not (checkpoint and _is_ours(Path(checkpoint))):
             super()._load_rng_state(checkpoint)
 
-    def _is_ours(self, checkpoint: str) -> bool:
-        """Whether `_save_checkpoint` has written it here, and not the trainer in its own way."""
-        ours = Path(checkpoint, "weights.json").is_file()
-        if not ours and is_sharded(self.model):
-            raise StageFailed(
-                f"the checkpoint {Path(checkpoint).parent} was written by processes that held the whole model, and "
-                "with FSDP this stage can't go on from it: go on as it was begun, or with --fresh"
-            )
-        return ours
 
-    def _read(self, checkpoint: str, name: str) -> Any:
-        return load_tree(Path(checkpoint), name, self._share())
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a PiecesTrainer has written it from pieces."""
+    return (checkpoint / "weights.json").is_file()
 
 
 def run_trainer(

@@ -255,31 +255,47 @@ def test_variants(chain: Path, tmp_path: Path, name: str) -> None:
     assert apart(*(tmp_path / how / "runs/tiny" / stage for how in ("whole", "pieces"))) < CLOSE
 
 
+GOES_ON = [(SHARDED, SHARDED), (SHARDED, ()), (SHARDED, WHOLE), ((), SHARDED)]
+STEPS = {"pretrain": 7, "sft": 20, "reward": 5, "ppo": 1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("pretrain", 7), ("sft", 20), ("reward", 5), ("ppo", 1)])
-def test_killed_it_goes_on_with_as_many_processes_and_with_others(
-    chain: Path, tmp_path: Path, stage: str, step: int
-) -> None:
-    """-9 to a rank, then: the same command, one process, two with whole models."""
-    work = tmp_path / "runs/tiny" / stage
-    shutil.copytree(chain / "runs", tmp_path / "runs")
-    shutil.rmtree(work)
-    often = ("checkpoints.every_steps=1", "checkpoints.keep=99", "ppo.keep.rule=last")
-    command = ("run", stage, *TINY, *often)
-    process = start(*command, *SHARDED, cwd=tmp_path)
-    until(lambda: len(sealed(work)) >= step, process)
-    os.kill(json.loads((work / "ranks/rank-1.json").read_text())["pid"], signal.SIGKILL)
-    process.communicate(timeout=120)
-    left = tmp_path / "left"
-    work.rename(left)
-    for number, words in enumerate((SHARDED, (), WHOLE)):
+@pytest.mark.parametrize("stage", STEPS)
+def test_killed_it_goes_on_with_as_many_processes_and_with_others(chain: Path, tmp_path: Path, stage: str) -> None:
+    """-9 to a process; then the same command, one process, or two with whole models; and the other way round."""
+    killed(chain, tmp_path, stage)
+
+
+@pytest.mark.slow
+def test_killed_adapters_go_on(chain: Path, tmp_path: Path) -> None:
+    killed(chain, tmp_path, "sft", "sft.lora={rank: 4}", "sft.early_stopping={every: 10, patience: 9}")
+
+
+def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
+    work, ends = home / "runs/tiny" / stage, []
+    shutil.copytree(chain / "runs", home / "runs")
+    command = (
+        "run",
+        stage,
+        *TINY,
+        "checkpoints.every_steps=1",
+        "checkpoints.keep=99",
+        "ppo.keep.rule=last",
+        *overrides,
+    )
+    for number, (began, then) in enumerate(GOES_ON):
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(left, work)
-        said = rlhf(*command, *words, cwd=tmp_path)
+        process = start(*command, *began, cwd=home)
+        until(lambda: len(sealed(work)) >= STEPS[stage], process)
+        last = "ranks/rank-1.json" if began else "ranks/rank-0.json"
+        os.kill(json.loads((work / last).read_text())["pid"], signal.SIGKILL)
+        process.communicate(timeout=120)
+        said = rlhf(*command, *then, cwd=home)
         assert "goes on from the checkpoint of step" in said
-        assert ("written by 2 processes and is gone on from with 1" in said) == (words == ())
-        assert apart(chain / "runs/tiny" / stage, work) < CLOSE, words
-        work.rename(tmp_path / f"end-{number}")
+        assert ("is gone on from with" in said) == (began == () or then == ())
+        ends.append(work.rename(home / f"end-{number}"))
+    others = ends[1:] if overrides else [*ends[1:], chain / "runs/tiny" / stage]
+    assert max(apart(ends[0], other) for other in others) < CLOSE
 
 
 @pytest.mark.slow
