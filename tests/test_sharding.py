@@ -23,6 +23,7 @@ TINY = ("--recipe", str(TINY_RECIPE), "stages=[tokenizer, pretrain, sft, reward,
 SHARDED = ("--launch-config", "fsdp2-cpu")
 WHOLE = ("--processes", "2")
 CLOSE = 1e-5  # of weights up to 3.7; seen: 7e-7
+OTHERWISE_ADDED = 1e-4  # where another number of processes has summed: Adam magnifies what is near nothing; seen: 9e-6
 
 # Checkpoints in pieces
 
@@ -295,7 +296,7 @@ def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
         assert ("is gone on from with" in said) == (began == () or then == ())
         ends.append(work.rename(home / f"end-{number}"))
     others = ends[1:] if overrides else [*ends[1:], chain / "runs/tiny" / stage]
-    assert max(apart(ends[0], other) for other in others) < CLOSE
+    assert max(apart(ends[0], other) for other in others) < OTHERWISE_ADDED
 
 
 @pytest.mark.slow
