@@ -192,7 +192,8 @@ def save_pieces(tree: Any, folder: Path, name: str) -> None:
     """Writes this process's pieces of a tree; every process does, beside the first one's `save_tree`."""
     pieces = list(_pieces_in(tree))
     if pieces:
-        tensors = {str(number): piece.local.detach().cpu().contiguous().clone() for number, piece in enumerate(pieces)}
+        alone = _owning()
+        tensors = {str(number): alone(piece.local.detach()) for number, piece in enumerate(pieces)}
         save_file(tensors, folder / _pieces_file(name, pieces[0].rank, pieces[0].size))
 
 
@@ -208,22 +209,15 @@ def _pieces_in(tree: Any) -> Iterator[Piece]:
             yield from _pieces_in(inner)
 
 
-def save_tree(tree: Any, folder: Path, name: str) -> None:
-    """Writes a tree as NAME.safetensors and NAME.json. Tensors that share their memory are written once.
+def _owning() -> Callable[[Tensor], Tensor]:
+    """Makes each tensor the one owner of its memory, as safetensors wants it; copies only what shares that.
 
-    Of pieces it notes their places alone; see `save_pieces`.
+    Weights that were read from a file are parts of the file's memory, and are written from there.
     """
-    tensors: dict[str, Tensor] = {}
-    places: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     parts: list[tuple[int, int]] = []  # of larger memories, from where to where
-    pieces = itertools.count()
 
     def alone(whole: Tensor) -> Tensor:
-        """The tensor as the one owner of its memory, as safetensors wants it; copied only where it shares that.
-
-        Weights that were read from a file are parts of the file's memory, and are written from there.
-        """
         found = whole.cpu().contiguous()
         storage = found.untyped_storage()
         if storage.nbytes() == found.numel() * found.element_size() and storage.data_ptr() not in storages:
@@ -235,6 +229,19 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
             bytes_ = torch.from_numpy(found.flatten().view(torch.uint8).numpy())
             return bytes_.view(found.dtype).view(found.shape)
         return found.clone()
+
+    return alone
+
+
+def save_tree(tree: Any, folder: Path, name: str) -> None:
+    """Writes a tree as NAME.safetensors and NAME.json. Tensors that share their memory are written once.
+
+    Of pieces it notes their places alone; see `save_pieces`.
+    """
+    tensors: dict[str, Tensor] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    alone = _owning()
+    pieces = itertools.count()
 
     def packed(value: Any) -> Any:
         if isinstance(value, Piece):
