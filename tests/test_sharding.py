@@ -219,7 +219,7 @@ VARIANTS = {
         ],
     ),
     "adapters, packed rows": ("sft", ["sft.lora={rank: 4}", "sft.packing=true"]),
-    "early stopping": ("sft", ["sft.early_stopping={every: 10, patience: 2}", "sft.learning_rate=0.05"]),
+    "early stopping": ("sft", ["sft.early_stopping={every: 10, patience: 2, min_gain: 0.5}"]),
     "adapters, an ensemble": ("reward", ["reward.lora={rank: 4}", "reward.heads=3"]),
     "a shared trunk": ("ppo", ["ppo.layout=shared", "ppo.keep.rule=last"]),
     "adapters, the judge too": ("ppo", ["ppo.layout=adapters", "ppo.keep.rule=last", "reward.lora={rank: 4}"]),
