@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 from rlhf.launch_file import find_launch_file, read_launch_file
 from rlhf.recipe import Recipe, StageName
 from rlhf.rundir import RunDir
-from rlhf.runtime import visible
+from rlhf.runtime import quiet_libraries, visible
 from stages.plan import GIB, Context, Machine, StagePlan, plan_stage
 from stages.plan.machine import TRAINING_SHARE, Gpu
 
@@ -72,7 +72,7 @@ def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, mach
         _print(f"plan: {recipe.name} for {machine}")
     plans = []
     for number, stage in enumerate(wanted, 1):
-        with console.status(f"plan: {stage}"):
+        with console.status(f"plan: {stage}"), quiet_libraries():
             found = plan_stage(context, stage)
             found.advice += _advice(context, found)
         plans.append(found)
