@@ -95,6 +95,8 @@ class Footprint(TorchDispatchMode):
                 self._live[key] = size, role
                 self._roles[before] -= size
                 self._roles[role] += size
+        if self._total == self._most:  # it's now that memory is largest
+            self._largest = Moment(self._largest.phase, dict(self._roles))
 
     def name_gradients(self, parameters: Iterable[nn.Parameter], role: str = GRADIENTS) -> None:
         """Has the gradients of parameters play this role as soon as they are there."""

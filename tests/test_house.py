@@ -14,6 +14,7 @@ FLOORS = [
     {
         "rlhf.model",
         "rlhf.likelihood",
+        "rlhf.footprint",
         "rlhf.muon",
         "rlhf.products",
         "rlhf.tokenizer",
@@ -35,6 +36,7 @@ FLOORS = [
         "rlhf.api",
         "rlhf.__main__",
         "rlhf.chain",
+        "rlhf.plan",
         "rlhf.launch",
         "rlhf.launch_file",
         "rlhf.launcher",

@@ -51,21 +51,22 @@ class Memory(NamedTuple):
         return sum(self.roles.values())
 
 
-HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.18
-LIBRARIES, FIRST_USE = "the libraries' own", 120 * 2**20
+HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.22  # of all that was not read from a file
+LIBRARIES, FIRST_USE = "the libraries' own", 160 * 2**20
 
 
 def memory_of(footprint: Footprint, machine: Machine) -> Memory:
     """What a footprint means on a machine.
 
     On a CPU more comes on top, as was measured on models of 60 to 130 million parameters (scripts/bench_plan): what is
-    freed leaves holes that the next tensor doesn't fit, for 10 to 25 % of all tensors (glibc's posix_memalign needs
-    more than what was freed); and kernels, packed factors and what else is loaded at first use, some 120 MiB.
+    freed leaves holes that the next tensor doesn't fit (glibc's posix_memalign needs more than what was freed), about
+    a fifth of what is not read from files; and kernels, packed factors and what else is made at first use.
     """
     peak = footprint.peak()
     roles = {name: size for name, size in peak.roles.items() if size}
     if not machine.on_gpus:
-        roles |= {HOLES: round(HOLES_SHARE * peak.total), LIBRARIES: FIRST_USE}
+        made = sum(size for name, size in roles.items() if not name.endswith("weights"))
+        roles |= {HOLES: round(HOLES_SHARE * made), LIBRARIES: FIRST_USE}
     return Memory(peak.phase, roles)
 
 
