@@ -54,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
     plan = Plan(settings)
     model.to(accelerator.device)
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
-    size = settings.microbatch_size or _rows_fitting(model, settings, mine)
+    size = mine if settings.microbatch_size else _rows_fitting(model, settings, mine)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
