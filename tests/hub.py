@@ -14,8 +14,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
 ULTRACHAT = pa.schema([("prompt", pa.string()), ("prompt_id", pa.string()), ("messages", MESSAGES)])
@@ -115,7 +122,9 @@ def make_data_sets(folder: Path) -> None:
     for number, (split, rows) in enumerate({"train_sft": 12, "test_sft": 6, "train_gen": 2, "test_gen": 2}.items()):
         write_parquet(chats / f"{split}-00000-of-00001.parquet", ultrachat(100 * number, rows), ULTRACHAT)
     for number, (split, rows) in enumerate({"train_prefs": 25, "test_prefs": 9, "train_sft": 2, "test_sft": 2}.items()):
-        write_parquet(pairs / f"{split}-00000-of-00001.parquet", ultrafeedback(1000 + 100 * number, rows), ULTRAFEEDBACK)
+        write_parquet(
+            pairs / f"{split}-00000-of-00001.parquet", ultrafeedback(1000 + 100 * number, rows), ULTRAFEEDBACK
+        )
     for number, part in enumerate(("harmless-base", "helpful-base")):
         write_lines(folder / "Anthropic/hh-rlhf" / part / "train.jsonl.gz", hh(2000 + 100 * number, 12))
         write_lines(folder / "Anthropic/hh-rlhf" / part / "test.jsonl.gz", hh(3000 + 100 * number, 5))

@@ -109,7 +109,9 @@ def test_a_folder_is_read_as_the_hub_would_be(here: Path) -> None:
 
 def test_a_bad_row_of_a_data_set_is_named(here: Path) -> None:
     pairs = Source(hub="HuggingFaceH4/ultrafeedback_binarized", split="test_prefs")
-    with pytest.raises(DataError, match=r"hub:HuggingFaceH4/ultrafeedback_binarized, row 2: chosen and rejected are eq"):
+    with pytest.raises(
+        DataError, match=r"hub:HuggingFaceH4/ultrafeedback_binarized, row 2: chosen and rejected are eq"
+    ):
         read(pairs, "comparisons", "error")
 
 

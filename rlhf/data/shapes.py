@@ -185,9 +185,7 @@ def _dialogue(row: dict[str, Any], key: str) -> Messages:
     if before.strip() or len(turns) < 4:
         raise Malformed(f"`{key}` is not turns that begin with a blank line and Human: or Assistant:, at least two")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)
-    ]
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
 def _answer(value: Any, shape: Shape, key: str) -> Any:
