@@ -11,7 +11,7 @@ from rlhf.data import sources
 from rlhf.data.reader import Faults
 from rlhf.data.rows import Kind
 from rlhf.errors import DataError
-from rlhf.recipe import Recipe, Source, load_recipe
+from rlhf.recipe import Recipe, Source, load_recipe, shipped_recipes
 from tests.conftest import rlhf
 from tests.hub import make_base, make_data_sets
 
@@ -19,7 +19,7 @@ REAL = ("gpt2-124m", "chat-0.5b", "chat-1b", "chat-8b")
 # what makes one step of it, on a processor; data, base, templates and layouts are the recipe's own
 ONE_STEP = (
     *("sft.steps=1", "sft.dialogues_per_step=4", "sft.sampling.max_tokens=8", "sft.sampled_prompts=4"),
-    *("reward.pairs_per_step=64", "reward.normalisation_prompts=4", "reward.require={}"),
+    *("reward.pairs_per_step=64", "reward.normalisation_prompts=4"),
     *("ppo.updates=1", "ppo.episodes_per_update=8", "ppo.epochs=1", "ppo.minibatches=1", "ppo.best_of=2"),
     *("ppo.sampling.max_tokens=8", "evaluate.fewshot.items=4", "evaluate.fewshot.shots=[0]"),
 )
@@ -79,6 +79,15 @@ def test_the_real_columns_are_read(here: Path, name: str) -> None:
         rows, bad = read(source, kind)
         assert rows, key
         assert bad == _odd(source, kind), key
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_header_has_every_key_that_takes_files_in_place_of_the_hub(name: str) -> None:
+    path = next(path for path in shipped_recipes() if path.stem == name)
+    header = path.read_text(encoding="utf-8").partition("\nname:")[0]
+    for key, _, source in all_sources(load_recipe(name)):
+        assert source.hub
+        assert f"{key}='[{{path: " in header, key
 
 
 def _odd(source: Source, kind: Kind) -> int:
