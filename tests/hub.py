@@ -142,22 +142,24 @@ QWEN_TEMPLATE = (  # as the bases have it: a system turn of their own in front
 )
 
 
-def make_base(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tiny random model of a base's family, with special tokens and template as the base has them, in folder/name."""
+def make_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tiny random model of a base's family, with special tokens and template as the base has them.
+
+    The family is told from the folder's name; any other than Qwen's is OLMo 2.
+    """
     made = copy.deepcopy(tokenizer)
     made.add_special_tokens({"eos_token": "<|endoftext|>"})
     made.bos_token = None
     made.pad_token = "<|endoftext|>"
-    if "Qwen" in name:
+    family: dict[str, Any] = {"Qwen2": (Qwen2Config, Qwen2ForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config_class, model_class = family.get(folder.name[:5], (Olmo2Config, Olmo2ForCausalLM))
+    if folder.name[:5] in family:
         made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         made.chat_template = QWEN_TEMPLATE
-    family: Any = {"Qwen2": (Qwen2Config, Qwen2ForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)}.get(
-        name.split("/")[1][:5], (Olmo2Config, Olmo2ForCausalLM)
-    )
     torch.manual_seed(1)
-    config = family[0](
+    config = config_class(
         vocab_size=len(made), num_key_value_heads=2, max_position_embeddings=4096, eos_token_id=made.eos_token_id,
         bos_token_id=None, pad_token_id=made.pad_token_id, **SIZES,
     )  # fmt: skip
-    family[1](config).save_pretrained(folder / name)
-    made.save_pretrained(folder / name)
+    model_class(config).save_pretrained(folder)
+    made.save_pretrained(folder)
