@@ -142,7 +142,20 @@ def check_chat(found: dict[str, dict[str, Any]]) -> None:
         assert set(figures["fewshot"]) == {"recall_colours", "recall_things", "rules_numbers", "rules_words"}
 
 
-@pytest.mark.parametrize("name", ["chat-0.5b", pytest.param("chat-1b", marks=pytest.mark.slow)])
+def test_one_step_of_adapters_on_a_chat_model_and_its_judge(here: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The half of it that takes seconds."""
+    make_base(here / "Qwen/Qwen2.5-0.5B", tokenizer)
+    given = ("name=half", "stages=[sft, reward]", "threads=1", *ONE_STEP)
+    said = rlhf("run", "all", "--recipe", "chat-0.5b", *given, cwd=here)
+    found = summaries(here / "runs/half", ("sft", "reward"))
+    assert (found["sft"]["steps"], found["sft"]["tokens"] > 0) == (1, True)
+    assert (found["reward"]["steps"], found["reward"]["pairs_train"], found["reward"]["pairs_test"]) == (1, 24, 8)
+    assert "skipped 1 bad rows (hub:HuggingFaceH4/ultrafeedback_binarized: 1)" in said
+    assert (here / "runs/half/reward/adapter").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chat-0.5b", "chat-1b"])
 def test_one_step_of_each_stage_of_a_chat_model(here: Path, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.base
