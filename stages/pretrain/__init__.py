@@ -55,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     model.to(accelerator.device)
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
     memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
-    size = settings.microbatch_size or rows_fitting(model, settings, mine, memory)
+    size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
