@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.functional.masked import widened
+from rlhf.quantisation import settle
 from rlhf.rundir import sync_folder, write_atomically
 from rlhf.tokenizer import token_info
 
@@ -89,9 +91,16 @@ def causal_lm_config(
     return LlamaConfig(**common)
 
 
-def build_causal_lm(config: PreTrainedConfig, initialisation: str = "normal") -> PreTrainedModel:
-    """A model with random weights, `normal` (transformers' own) or `wide`; seed torch first."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def build_causal_lm(
+    config: PreTrainedConfig, initialisation: str = "normal", attention: str | None = None
+) -> PreTrainedModel:
+    """A model with random weights, `normal` (transformers' own) or `wide`; seed torch first.
+
+    `attention`: the implementation; None: transformers' choice.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    )
     if initialisation == "wide":
         initialise_widely(model)
     return model
@@ -171,16 +180,22 @@ def scale_last_norm(model: PreTrainedModel) -> float:
 
 
 def load_causal_lm(
-    directory: str | Path, dtype: torch.dtype = torch.float32, *, remote_code: bool = False
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    remote_code: bool = False,
+    attention: str | None = None,
+    quantised: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A causal LM from a directory or hub id, without dropout. Raises MissingInput where none can be loaded.
 
-    Code that lies beside it is run with `remote_code` only.
+    Code that lies beside it is run with `remote_code` only. `attention`: the implementation; None: transformers'
+    choice. With `quantised` it is on the device already, and frozen.
     """
     kinds = _load_config(directory, remote_code).architectures or []
     if any("SequenceClassification" in kind for kind in kinds):
         raise UserError(f"{directory} is a reward model or another classifier ({', '.join(kinds)}), not a causal LM")
-    return _load(AutoModelForCausalLM, directory, dtype, remote_code)
+    return _load(AutoModelForCausalLM, directory, dtype, remote_code, attention, quantised)
 
 
 def load_scorer(
@@ -190,17 +205,28 @@ def load_scorer(
     fresh_head: bool = False,
     heads: int = 1,
     remote_code: bool = False,
+    attention: str | None = None,
+    quantised: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier whose outputs are scores, one or one of each head of an ensemble, without dropout.
 
     With `fresh_head` a score head of `heads` outputs is made at random (seed torch first) where there is none of that
     size; without, its absence is an error. An ensemble's configuration says `score_heads`: that tells it from a
-    classifier of as many classes.
+    classifier of as many classes. The rest is as for `load_causal_lm`.
     """
     config = _load_config(directory, remote_code)
     if fresh_head:
         fresh: dict[str, Any] = {"num_labels": heads, "ignore_mismatched_sizes": True}
-        model = _load(AutoModelForSequenceClassification, directory, dtype, remote_code, FRESH_HEADS, **fresh)
+        model = _load(
+            AutoModelForSequenceClassification,
+            directory,
+            dtype,
+            remote_code,
+            attention,
+            quantised,
+            FRESH_HEADS,
+            **fresh,
+        )
         model.config.score_heads = heads
         return model
     _check_classifier(directory, config)
@@ -209,15 +235,19 @@ def load_scorer(
             f"{directory} has {config.num_labels} outputs; a reward model has one, or as many as its configuration "
             "says in `score_heads`"
         )
-    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code)
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code, attention, quantised)
 
 
 def load_classifier(
-    directory: str | Path, dtype: torch.dtype | str = torch.float32, *, remote_code: bool = False
+    directory: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    remote_code: bool = False,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Any sequence classifier, however many outputs it has, without dropout. `dtype` "auto" is that of its files."""
     _check_classifier(directory, _load_config(directory, remote_code))
-    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code)
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code, attention)
 
 
 def score_heads(config: PreTrainedConfig) -> int:
@@ -242,15 +272,24 @@ def _load(
     directory: str | Path,
     dtype: torch.dtype | str,
     remote_code: bool,
+    attention: str | None,
+    quantised: BitsAndBytesConfig | None = None,
     fresh: tuple[str, ...] = (),
     **options: Any,
 ) -> PreTrainedModel:
     """The model, every weight of which must be there, but those whose names begin with one of `fresh`."""
     _load_config(directory, remote_code)
+    if quantised:
+        options["quantization_config"] = quantised
     try:
         model: PreTrainedModel
         model, found = loader.from_pretrained(
-            str(directory), dtype=dtype, trust_remote_code=remote_code, output_loading_info=True, **options
+            str(directory),
+            dtype=dtype,
+            trust_remote_code=remote_code,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -266,6 +305,8 @@ def _load(
             "model would be partly random"
         )
     disable_dropout(model)
+    if quantised:
+        settle(model)
     return model
 
 

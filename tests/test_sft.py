@@ -295,7 +295,7 @@ def test_the_first_dialogue_shows_what_is_trained(chat_tokenizer: PreTrainedToke
 def prepare(folder: Path, tokenizer: PreTrainedTokenizerBase, **sft: Any) -> PreTrainedTokenizerBase:
     recipe, settings = a_recipe(folder, [SHORT], **sft)
     prepared = copy.deepcopy(tokenizer)
-    _prepared(recipe, settings, Start("the base", False), prepared)
+    _prepared(recipe, settings, Start("the base", False, None), prepared)
     return prepared
 
 

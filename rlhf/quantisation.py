@@ -1,0 +1,91 @@
+"""A base whose linear layers are held in 4 bits while adapters on it are trained (QLoRA; Dettmers et al. 2023,
+arXiv:2305.14314): NF4 in blocks of 64 weights, and their scales in 8 bits, by bitsandbytes through transformers.
+
+Each layer's weights are made whole again for each product, in the precision of the training. Embeddings, norms, the
+output head and a score head are never quantised. Equal weights give equal bits, so processes and stages agree.
+Imports torch only inside functions: the parent asks before anything runs whether the package is there.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
+from rlhf.recipe import LoraSection, Recipe, StageName
+from rlhf.runtime import device, uses_bfloat16
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+def quantised_adapters(recipe: Recipe, stage: StageName) -> LoraSection | None:
+    """The stage's adapters where they stand on a quantised base, None elsewhere."""
+    section: Any = getattr(recipe, stage)
+    if stage == "reward" and section.from_:
+        return None  # nothing is trained
+    lora: LoraSection | None = getattr(section, "lora", None)
+    return lora if lora and lora.quantised else None
+
+
+def check_quantisation(recipe: Recipe, stage: StageName) -> None:
+    """Raises UserError where a stage asks for a quantised base and bitsandbytes is not installed; imports nothing."""
+    if quantised_adapters(recipe, stage) and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{stage}.lora.quantised: bitsandbytes is not installed; it comes with pip install 'rlhf[quantised]' (from "
+            f"a checkout: pip install -e '.[quantised]'), and {stage}.lora.quantised=null does without"
+        )
+
+
+def quantisation(recipe: Recipe, stage: StageName) -> "BitsAndBytesConfig | None":
+    """How the stage's base is quantised as it is loaded; None where it isn't.
+
+    Raises UserError where this device can't.
+    """
+    if quantised_adapters(recipe, stage) is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # it is loaded where it is trained
+    _try_out(stage)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if uses_bfloat16(recipe.precision) else torch.float32,
+    )
+
+
+def _try_out(stage: StageName) -> None:
+    """Quantises a few numbers: what bitsandbytes lacks on a machine is only seen when it works."""
+    import torch
+
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        numbers = torch.linspace(-1, 1, 128, device=device())
+        packed, state = quantize_4bit(numbers, quant_type="nf4", compress_statistics=True)
+        off = float((dequantize_4bit(packed, state) - numbers).abs().max())
+        works, why = off < 0.2, f"it is off by {off:.2g}"
+    except Exception as error:  # a library that isn't there, a kernel that isn't: each raises its own
+        works, why = False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    if not works:
+        raise UserError(
+            f"{stage}.lora.quantised: bitsandbytes doesn't work on this machine ({why}); {stage}.lora.quantised=null "
+            "does without it"
+        )
+
+
+def settle(model: "PreTrainedModel") -> None:
+    """Makes a quantised model ready to be trained through: nothing of it learns, and its layers compute as they say.
+
+    On processors with bfloat16 bitsandbytes (0.50) would repack a layer for inference at the first pass without
+    gradients; from then on it computes in bfloat16, and gradients no longer pass through it.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
