@@ -38,7 +38,7 @@ class Choices(NamedTuple):
     quantised: str | None
 
     def __str__(self) -> str:
-        held = f", the base's linear layers in 4 bits ({self.quantised})" if self.quantised else ""
+        held = f", the base's linear layers held in 4 bits ({self.quantised})" if self.quantised else ""
         return (
             f"{self.precision} ({self.why_precision}){held}; attention {self.attention} ({self.why_attention}); "
             f"{'compiled' if self.compiled else 'not compiled'} ({self.why_compiled})"

@@ -98,9 +98,8 @@ def build_causal_lm(
 
     `attention`: the implementation; None: transformers' choice.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention
-    )
+    how = {"attn_implementation": attention} if attention else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
     if initialisation == "wide":
         initialise_widely(model)
     return model
@@ -217,16 +216,8 @@ def load_scorer(
     config = _load_config(directory, remote_code)
     if fresh_head:
         fresh: dict[str, Any] = {"num_labels": heads, "ignore_mismatched_sizes": True}
-        model = _load(
-            AutoModelForSequenceClassification,
-            directory,
-            dtype,
-            remote_code,
-            attention,
-            quantised,
-            FRESH_HEADS,
-            **fresh,
-        )
+        how = (directory, dtype, remote_code, attention, quantised)
+        model = _load(AutoModelForSequenceClassification, *how, FRESH_HEADS, **fresh)
         model.config.score_heads = heads
         return model
     _check_classifier(directory, config)
@@ -279,17 +270,14 @@ def _load(
 ) -> PreTrainedModel:
     """The model, every weight of which must be there, but those whose names begin with one of `fresh`."""
     _load_config(directory, remote_code)
+    if attention:
+        options["attn_implementation"] = attention
     if quantised:
         options["quantization_config"] = quantised
     try:
         model: PreTrainedModel
         model, found = loader.from_pretrained(
-            str(directory),
-            dtype=dtype,
-            trust_remote_code=remote_code,
-            attn_implementation=attention,
-            output_loading_info=True,
-            **options,
+            str(directory), dtype=dtype, trust_remote_code=remote_code, output_loading_info=True, **options
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -409,8 +397,9 @@ def tokens_fitting(model: PreTrainedModel, memory: int, *, checkpointing: bool =
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters, shared ones once; of a quantised layer those that it stands for."""
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    return sum(state.shape.numel() if state else parameter.numel() for parameter, state in states)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,16 +6,20 @@ output head and a score head are never quantised. Equal weights give equal bits,
 Imports torch only inside functions: the parent asks before anything runs whether the package is there.
 """
 
+import logging
 import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.recipe import LoraSection, Recipe, StageName
-from rlhf.runtime import device, uses_bfloat16
+from rlhf.runtime import device, log, uses_bfloat16
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
+
+ROOM = 1.25  # times a model's own bytes: it, and what a pass over it takes
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install what we don't use
 
 
 def quantised_adapters(recipe: Recipe, stage: StageName) -> LoraSection | None:
@@ -89,3 +93,22 @@ def settle(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def put_where_it_fits(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Puts a whole model on the GPU, if there is one that has room for it; says where it has none.
+
+    The device that trained on 4 bits may not hold eight times as many.
+    """
+    import torch
+
+    where = device()
+    if where.type == "cpu":
+        return model
+    torch.cuda.empty_cache()
+    needed = ROOM * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free, _ = torch.cuda.mem_get_info()
+    if needed > free:
+        log(f"the base's own weights don't fit on the GPU ({needed / 2**30:.1f} GiB): what follows is done on the CPU")
+        return model
+    return model.to(where)

@@ -34,10 +34,10 @@ from rlhf.model import (
     save_model,
     use_special_tokens,
 )
-from rlhf.quantisation import quantisation
+from rlhf.quantisation import put_where_it_fits, quantisation
 from rlhf.recipe import Recipe, SftSection, microbatches
 from rlhf.rollout import cut_at_stop
-from rlhf.runtime import derive_seed, device, log, visible
+from rlhf.runtime import derive_seed, log, visible
 from rlhf.team import Team
 from rlhf.templates import CHAT_TEMPLATES, Messages
 from rlhf.tokenizer import (
@@ -113,7 +113,7 @@ def run(job: Job) -> dict[str, Any]:
         learned = learned_weights(adapted)
         del model, adapted
         gc.collect()  # a trainer's cycles hold them; they go before the whole base comes
-        model = _model(recipe, start, tokenizer, given).to(device())
+        model = put_where_it_fits(_model(recipe, start, tokenizer, given))
         adapted = add_adapters(model, settings.lora, "sft.lora", tokens=given.untrained)
         give_weights(adapted, learned)
         facts |= _measured_on_the_whole(job.team, adapted, validation.chats)

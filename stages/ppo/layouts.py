@@ -121,6 +121,9 @@ def _reward_adapter(recipe: Recipe, run: RunDir, base: PreTrainedModel) -> LentS
     if reward is None or reward.lora is None or reward.from_ or reward.start or not folder.is_dir():
         log("ppo: the judge is a model of its own: no reward model was trained with `reward.lora` on the policy's base")
         return None
+    assert recipe.ppo is not None
+    if reward.lora.quantised != recipe.ppo.lora.quantised:
+        log("ppo: the reward model was trained beside other weights, since only one of the two bases is in 4 bits")
     saved = LoraConfig.from_pretrained(str(folder))
     if saved.trainable_token_indices:
         log("ppo: the judge is a model of its own: beside its adapters, tokens were trained that the base doesn't know")

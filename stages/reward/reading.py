@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,11 +47,13 @@ def open_judge(
     reference: Start,
     shared: PreTrainedTokenizerBase,
     quantised: BitsAndBytesConfig | None = None,
+    put: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model.to(device()),
 ) -> Judge:
     """The judge that the recipe takes (`from`), or what one is trained from; `shared` is the reference's tokenizer.
 
     What is trained gets a chat template if it has none, and a pad token that isn't the end token: at a pad, no score is
-    read. An existing judge is read as it was trained; one without chat template is refused.
+    read. An existing judge is read as it was trained; one without chat template is refused. `put` puts its model on a
+    device.
     """
     start = named_model(job.recipe, settings.from_ or settings.start or reference.name)
     tokenizer = start.tokenizer()
@@ -79,7 +81,7 @@ def open_judge(
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
     was_classifier = any("SequenceClassification" in kind for kind in model.config.architectures or [])
-    return Judge(model.to(device()), tokenizer, same, not was_classifier, untrained)
+    return Judge(put(model), tokenizer, same, not was_classifier, untrained)
 
 
 class Pair(NamedTuple):
