@@ -6,8 +6,12 @@ output head and a score head are never quantised. Equal weights give equal bits,
 Imports torch only inside functions: the parent asks before anything runs whether the package is there.
 """
 
+import ctypes
+import gc
 import logging
 import os
+import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +89,8 @@ def settle(model: "PreTrainedModel") -> None:
     """Makes a quantised model ready to be trained through: nothing of it learns, and its layers compute as they say.
 
     On processors with bfloat16 bitsandbytes (0.50) would repack a layer for inference at the first pass without
-    gradients; from then on it computes in bfloat16, and gradients no longer pass through it.
+    gradients; from then on it computes in bfloat16, and gradients no longer pass through it. On a CPU what isn't
+    quantised is a view of the files, which keeps all of them in memory; it gets memory of its own.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -93,6 +98,17 @@ def settle(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+    for weights in (*model.parameters(), *model.buffers()):
+        if weights.device.type == "cpu" and getattr(weights, "quant_state", None) is None:
+            weights.data = weights.data.clone()
+
+
+def give_back_memory() -> None:
+    """Gives memory back to the system that nobody holds any more; a trainer is held by its own cycles."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # it is glibc's
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def put_where_it_fits(model: "PreTrainedModel") -> "PreTrainedModel":

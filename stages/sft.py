@@ -5,7 +5,6 @@ labels. Fixes the chat template, the pad token and the end token for every later
 plain ones also where low-rank adapters were trained; these lie beside it, in sft/adapter.
 """
 
-import gc
 import itertools
 import math
 from functools import partial
@@ -34,7 +33,7 @@ from rlhf.model import (
     save_model,
     use_special_tokens,
 )
-from rlhf.quantisation import put_where_it_fits, quantisation
+from rlhf.quantisation import give_back_memory, put_where_it_fits, quantisation
 from rlhf.recipe import Recipe, SftSection, microbatches
 from rlhf.rollout import cut_at_stop
 from rlhf.runtime import derive_seed, log, visible
@@ -112,7 +111,7 @@ def run(job: Job) -> dict[str, Any]:
     if quantised and settings.lora and isinstance(adapted, PeftModel):
         learned = learned_weights(adapted)
         del model, adapted
-        gc.collect()  # a trainer's cycles hold them; they go before the whole base comes
+        give_back_memory()  # before the whole base comes
         model = put_where_it_fits(_model(recipe, start, tokenizer, given))
         adapted = add_adapters(model, settings.lora, "sft.lora", tokens=given.untrained)
         give_weights(adapted, learned)

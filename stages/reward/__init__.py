@@ -5,7 +5,6 @@ Comparisons come from files, or are made here (collect, labellers). Training is 
 worth is measured on held-out comparisons (measure). The *reference* is the model that the stage stands on: sft's.
 """
 
-import gc
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -15,7 +14,7 @@ from rlhf.data.rows import Comparison
 from rlhf.errors import DataError
 from rlhf.job import Job
 from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
-from rlhf.quantisation import put_where_it_fits, quantisation
+from rlhf.quantisation import give_back_memory, put_where_it_fits, quantisation
 from rlhf.recipe import RewardSection
 from rlhf.runtime import log
 from stages.common import card_facts, open_data, report_faults, starting_model
@@ -52,7 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     if quantised and isinstance(trained.model, PeftModel):
         learned, figures = learned_weights(trained.model), trained.figures
         del judge, trained
-        gc.collect()  # a trainer's cycles hold them; they go before the whole base comes
+        give_back_memory()  # before the whole base comes
         judge = open_judge(job, settings, reference, shared, put=put_where_it_fits)
         trained = Trained(on_the_whole_base(job, settings, judge, learned), figures)
     normalised = normalise_score(job.team, trained.model, rows)
