@@ -6,6 +6,7 @@ output head and a score head are never quantised. Equal weights give equal bits,
 Imports torch only inside functions: the parent asks before anything runs whether the package is there.
 """
 
+import copy
 import ctypes
 import gc
 import logging
@@ -20,6 +21,8 @@ from rlhf.recipe import LoraSection, Recipe, StageName
 from rlhf.runtime import device, log, uses_bfloat16
 
 if TYPE_CHECKING:
+    from bitsandbytes.nn.modules import Linear4bit
+    from torch import Tensor, nn
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 ROOM = 1.25  # times a model's own bytes: it, and what a pass over it takes
@@ -94,13 +97,56 @@ def settle(model: "PreTrainedModel") -> None:
     """
     from bitsandbytes.nn.modules import Linear4bit
 
-    model.requires_grad_(False)
-    for module in model.modules():
+    misread = []
+    for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            if _misread(module):
+                model.set_submodule(name, _held_whole(module))
+                misread.append(name)
+    if misread:
+        log(
+            f"the 4-bit weights of {len(misread)} layers ({misread[0]}, ...) are held in float32, which gains no memory: "
+            "on this processor bitsandbytes misreads rows that are no multiple of 64 wide"
+        )
+    model.requires_grad_(False)
     for weights in (*model.parameters(), *model.buffers()):
         if weights.device.type == "cpu" and getattr(weights, "quant_state", None) is None:
             weights.data = weights.data.clone()
+
+
+def _misread(layer: "Linear4bit") -> bool:
+    """Whether a layer's weights come back wrong, as those of bitsandbytes (0.50) do on processors with AVX-512.
+
+    Its kernel begins a new block of 64 with every row, where it should go on with the one of the row before.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    if layer.in_features % layer.weight.blocksize == 0:
+        return False
+    read = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return not torch.equal(read, _read_as_one_row(layer))
+
+
+def _read_as_one_row(layer: "Linear4bit") -> "Tensor":
+    """The weights [out, in] of a layer, in which no row begins within a block."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(layer.weight.quant_state)
+    state.shape = torch.Size((1, layer.out_features * layer.in_features))
+    return dequantize_4bit(layer.weight.data, state).view(layer.out_features, layer.in_features)
+
+
+def _held_whole(layer: "Linear4bit") -> "nn.Linear":
+    """A plain layer with the weights that a quantised one stands for."""
+    from torch import nn
+
+    whole = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    whole.weight = nn.Parameter(_read_as_one_row(layer))
+    whole.bias = layer.bias
+    return whole
 
 
 def give_back_memory() -> None:
