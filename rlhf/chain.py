@@ -614,7 +614,17 @@ def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "rlhf": rlhf.__version__}
-    for package in ("torch", "transformers", "trl", "accelerate", "tokenizers", "datasets", "peft", "lm_eval"):
+    for package in (
+        "torch",
+        "transformers",
+        "trl",
+        "accelerate",
+        "tokenizers",
+        "datasets",
+        "peft",
+        "lm_eval",
+        "bitsandbytes",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -36,12 +36,15 @@ class Choices(NamedTuple):
     compiled: bool
     why_compiled: str
     quantised: str | None
+    why_quantised: str
 
     def __str__(self) -> str:
-        held = f", the base's linear layers held in 4 bits ({self.quantised})" if self.quantised else ""
+        held = ""
+        if self.quantised:
+            held = f"; the base's linear layers in 4 bits, {self.quantised} ({self.why_quantised})"
         return (
-            f"{self.precision} ({self.why_precision}){held}; attention {self.attention} ({self.why_attention}); "
-            f"{'compiled' if self.compiled else 'not compiled'} ({self.why_compiled})"
+            f"{self.precision} ({self.why_precision}); attention {self.attention} ({self.why_attention}); "
+            f"{'compiled' if self.compiled else 'not compiled'} ({self.why_compiled}){held}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -55,6 +58,8 @@ def choose(recipe: Recipe, stage: StageName, attention: str) -> Choices:
 
     Raises UserError where the recipe asks for what the device can't.
     """
+    import torch
+
     bfloat16 = uses_bfloat16(recipe.precision)
     compiled, why_compiled = _compiled(recipe, stage)
     if recipe.attention == FLASH and stage in FLASH_STAGES:
@@ -69,6 +74,7 @@ def choose(recipe: Recipe, stage: StageName, attention: str) -> Choices:
         compiled,
         why_compiled,
         lora.quantised if lora else None,
+        "as asked" if torch.cuda.is_available() else "as asked; without a GPU it takes longer",
     )
     log(f"{stage}: {found}")
     return found

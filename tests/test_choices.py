@@ -116,7 +116,7 @@ def test_flash_attention_is_for_stages_whose_masks_it_takes() -> None:
 
 
 def test_a_model_attends_otherwise_while_it_is_trained_only(tiny_llama: PreTrainedModel) -> None:
-    eager = Choices("float32", "", "eager", "", False, "", None)
+    eager = Choices("float32", "", "eager", "", False, "", None, "")
     ids = torch.arange(20).unsqueeze(0)
     before = tiny_llama(ids).logits
     with training_attention(tiny_llama, eager):
