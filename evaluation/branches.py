@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.footprint import is_traced
 from rlhf.functional.masked import widened
 from rlhf.likelihood import TokenReader
 from rlhf.rollout.beginning import Behind
@@ -138,9 +139,12 @@ PROBE: dict[tuple[int, ...], list[tuple[int, ...]]] = {
 
 @torch.inference_mode()
 def why_not(model: PreTrainedModel, reader: TokenReader) -> str | None:
-    """Why the model can't be read in branches behind a beginning; None where it can: it is tried on made-up tokens."""
+    """Why the model can't be read in branches behind a beginning; None where it can: it is tried on made-up tokens.
+
+    Of a model that has no numbers (a plan's) the configuration is asked.
+    """
     reason = not_keys_and_values(model)
-    if reason:
+    if reason or is_traced(next(model.parameters())):
         return reason
     try:
         beginning = read_beginning(model, reader, PROBE_BEGINNING)

@@ -70,13 +70,11 @@ class Scorer:
 
         `progress` is told how many requests are answered.
         """
-        beginning = shared_beginning(requests) if self._shares else []
-        rows = self._rows(requests, len(beginning))
+        beginning, batches = self.batches(requests)
         kept = read_beginning(self.model, self._reader, beginning) if beginning else []
         found = [0.0] * len(requests)
         answered = 0
-        for batch in length_batches([len(row.ids) for row in rows], self._budget, len(beginning)):
-            chosen = [rows[number] for number in batch]
+        for chosen in batches:
             states = branched_states(self.model, self._reader, chosen, kept)
             places = [(row, place) for row, each in enumerate(chosen) for place in each.places]
             targets = torch.tensor([token for each in chosen for token in each.targets], device=states.device)
@@ -91,6 +89,15 @@ class Scorer:
             if progress:
                 progress(answered)
         return found
+
+    def batches(self, requests: Sequence[Request]) -> tuple[list[int], list[list[Row]]]:
+        """What all requests begin with, and the rows behind it, as many together as are read at a time."""
+        beginning = shared_beginning(requests) if self._shares else []
+        rows = self._rows(requests, len(beginning))
+        lengths = [len(row.ids) for row in rows]
+        return beginning, [
+            [rows[number] for number in batch] for batch in length_batches(lengths, self._budget, len(beginning))
+        ]
 
     @torch.inference_mode()
     def matches(self, requests: Sequence[Request]) -> list[int]:

@@ -169,20 +169,29 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
     tensors: dict[str, Tensor] = {}
     places: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
+    parts: list[tuple[int, int]] = []  # of larger memories, from where to where
 
     def alone(whole: Tensor) -> Tensor:
-        """The tensor, copied only where it isn't the one owner of its memory, as safetensors wants it."""
+        """The tensor as the one owner of its memory, as safetensors wants it; copied only where it shares that.
+
+        Weights that were read from a file are parts of the file's memory, and are written from there.
+        """
         found = whole.cpu().contiguous()
         storage = found.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != found.numel() * found.element_size():
-            return found.clone()
-        storages.add(storage.data_ptr())
-        return found
+        if storage.nbytes() == found.numel() * found.element_size() and storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            return found
+        first = found.data_ptr()
+        if found.numel() and not any(start < first + found.nbytes and first < end for start, end in parts):
+            parts.append((first, first + found.nbytes))
+            bytes_ = torch.from_numpy(found.flatten().view(torch.uint8).numpy())
+            return bytes_.view(found.dtype).view(found.shape)
+        return found.clone()
 
     def packed(value: Any) -> Any:
         if isinstance(value, Tensor):
             whole = value.detach()
-            identity = (whole.data_ptr(), whole.dtype, tuple(whole.shape), whole.stride())
+            identity = _identity(whole)
             if whole.numel() == 0 or identity not in places:
                 places[identity] = str(len(tensors))
                 tensors[places[identity]] = alone(whole)
@@ -222,14 +231,27 @@ def load_tree(folder: Path, name: str) -> Any:
 
 
 def copy_tree(tree: Any) -> Any:
-    """The same tree with tensors of its own, on the CPU."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: copy_tree(inner) for key, inner in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(copy_tree(inner) for inner in tree)
-    return tree
+    """The same tree with tensors of its own, on the CPU; what was one tensor twice, as tied weights are, stays one."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            identity = _identity(value)
+            if value.numel() == 0 or identity not in copies:
+                copies[identity] = value.detach().to("cpu", copy=True)
+            return copies[identity]
+        if isinstance(value, dict):
+            return {key: copied(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(copied, value))
+        return value
+
+    return copied(tree)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Two tensors with the same are the same numbers in the same memory."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 # Random states of a process

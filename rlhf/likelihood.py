@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rlhf.footprint import is_traced
 from rlhf.functional.masked import widened
+from rlhf.model import accelerator_bytes
 
 LOGITS_AT_ONCE = 2**22  # numbers, 16 MiB as float32: more tokens than that are read in parts; on an accelerator:
 LOGITS_AT_ONCE_THERE = 2**27
+OWN_SCALES = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")  # behind the head
 SPLIT_TOLERANCE = 1e-5  # both are the same product of the same states
 
 Hide = Callable[[Tensor, int], Tensor]  # (logits of the tokens from a place on, the place) -> with some at -inf
@@ -86,7 +89,8 @@ class TokenReader:
     def _at_once(self, states: Tensor) -> int:
         """The tokens whose logits are held at a time."""
         size = self._model.config.get_text_config().vocab_size
-        return max(1, (LOGITS_AT_ONCE if states.device.type == "cpu" else LOGITS_AT_ONCE_THERE) // size)
+        there = accelerator_bytes(states.device, 1.0) > 0
+        return max(1, (LOGITS_AT_ONCE_THERE if there else LOGITS_AT_ONCE) // size)
 
     def _logits(self, states: Tensor) -> Tensor:
         return widened(states if self._head is None else self._head(states))
@@ -107,11 +111,14 @@ class TokenReader:
 def head_stands_apart(model: PreTrainedModel) -> bool:
     """Whether the logits are the output head of the last hidden states and nothing else: tried on a few tokens.
 
-    Some models cap or scale their logits behind the head; those are read whole.
+    Some models cap or scale their logits behind the head; those are read whole. Of a model that has no numbers (a
+    plan's) the configuration is asked.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return False
+    if is_traced(head.weight):
+        return not any(getattr(model.config.get_text_config(), name, None) for name in OWN_SCALES)
     ids = torch.arange(4, device=model.device).unsqueeze(0)
     try:
         apart = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -379,8 +381,24 @@ def check_causal(model: PreTrainedModel, directory: str | Path) -> None:
         raise UserError(f"{directory} reads what stands behind a token as well, so it is no causal LM")
 
 
+_planned: ContextVar[int | None] = ContextVar("bytes of the accelerator that is planned for", default=None)
+
+
+@contextmanager
+def planning_for(memory: int) -> Iterator[None]:
+    """Within, what is sized by a GPU's memory is sized as on one of so many bytes; 0: as on a CPU."""
+    token = _planned.set(memory)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
 def accelerator_bytes(device: torch.device, share: float) -> int:
     """A share of a GPU's memory; 0 for any other device."""
+    planned = _planned.get()
+    if planned is not None:
+        return int(planned * share)
     return int(torch.cuda.get_device_properties(device).total_memory * share) if device.type == "cuda" else 0
 
 

@@ -85,14 +85,14 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = start.tokenizer()
     if "evaluate" in recipe.stages:
         begin_id(tokenizer)  # what evaluation will need of the base, asked before anything is trained
-    given = _prepared(recipe, settings, start, tokenizer)
+    given = prepared(recipe, settings, start.name, tokenizer)
     quantised = quantisation(recipe, "sft")
     model = _model(recipe, start, tokenizer, given, quantised)
     check_context(model, "sft.max_tokens", settings.max_tokens)
     if settings.packing:
         check_isolation(model, "sft.packing")
-    train = _encoded(recipe, settings, tokenizer, "train")
-    validation = _encoded(recipe, settings, tokenizer, "validation")
+    train = dialogues_of(recipe, settings, tokenizer, "train")
+    validation = dialogues_of(recipe, settings, tokenizer, "validation")
     order = training_order(
         [len(chat.ids) for chat in train.chats],
         settings.dialogues_per_step,
@@ -142,7 +142,7 @@ def run(job: Job) -> dict[str, Any]:
 # The base
 
 
-def _prepared(recipe: Recipe, settings: SftSection, start: Start, tokenizer: PreTrainedTokenizerBase) -> ChatTokens:
+def prepared(recipe: Recipe, settings: SftSection, base: str, tokenizer: PreTrainedTokenizerBase) -> ChatTokens:
     """Gives the tokenizer what chatting needs, and tries its template out before any row is read."""
     template = settings.chat_template
     if template not in CHAT_TEMPLATES:
@@ -153,7 +153,7 @@ def _prepared(recipe: Recipe, settings: SftSection, start: Start, tokenizer: Pre
         whole, prompt = encode_chat(tokenizer, [question, answer]), encode_prompt(tokenizer, [question])
         marked, learned = marked_and_trained(tokenizer, [question, answer])
     except UserError as error:
-        raise UserError(f"{start.name} with its chat template: {error}") from None
+        raise UserError(f"{base} with its chat template: {error}") from None
     if len(marked) > len(learned):
         log(
             f"sft: the chat template's generation markers hold {marked!r}; of that only {learned!r} is trained, the "
@@ -221,7 +221,7 @@ class Dialogues(NamedTuple):
         }
 
 
-def _encoded(recipe: Recipe, settings: SftSection, tokenizer: PreTrainedTokenizerBase, split: str) -> Dialogues:
+def dialogues_of(recipe: Recipe, settings: SftSection, tokenizer: PreTrainedTokenizerBase, split: str) -> Dialogues:
     """The conversations of a split as ids, none longer than max_tokens, each with something to learn."""
 
     def encoded(messages: Messages) -> tuple[Messages, EncodedChat]:
@@ -398,6 +398,7 @@ def _facts(
 # Measuring
 
 LOGITS = 2**25  # how many are held at a time
+VALIDATED_AT_ONCE = 64  # conversations
 
 
 def _measured_on_the_whole(team: Team, model: PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:
@@ -430,7 +431,7 @@ def _nats_and_counts(model: PreTrainedModel | PeftModel, chats: list[EncodedChat
     order = sorted(range(len(chats)), key=lambda row: (-len(chats[row].ids), row))
     while order:
         longest = len(chats[order[0]].ids)
-        size = max(1, min(64, LOGITS // (longest * model.config.vocab_size)))
+        size = max(1, min(VALIDATED_AT_ONCE, LOGITS // (longest * model.config.vocab_size)))
         rows, order = order[:size], order[size:]
         ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.bool)
         for place, row in enumerate(rows):

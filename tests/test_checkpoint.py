@@ -16,6 +16,7 @@ from rlhf.checkpoint import (
     SEAL,
     Cadence,
     Checkpoints,
+    copy_tree,
     load_tree,
     random_state,
     save_tree,
@@ -259,3 +260,28 @@ def test_a_seal_holds_no_code(tmp_path: Path) -> None:
     path = write(Checkpoints(tmp_path), 3)
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
     assert json.loads((path / SEAL).read_text())["step"] == 3
+
+
+def test_parts_of_one_memory_are_written_from_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As weights are that were read from a file. A copy of each would be the model once more in memory."""
+    whole = torch.arange(60, dtype=torch.float32)
+    tree = {
+        "first": whole[:20].view(4, 5),
+        "second": whole[20:50].view(5, 6),
+        "half": whole[50:54].view(torch.bfloat16),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", lambda _: pytest.fail("a part was copied"))
+        save_tree(tree, tmp_path, "parts")
+    found = load_tree(tmp_path, "parts")
+    assert all(torch.equal(found[name], tensor) and found[name].dtype is tensor.dtype for name, tensor in tree.items())
+    save_tree({"whole": whole, "part": whole[10:30], "across": whole[25:40]}, tmp_path, "overlapping")
+    again = load_tree(tmp_path, "overlapping")
+    assert torch.equal(again["whole"], whole) and torch.equal(again["across"], whole[25:40])
+
+
+def test_a_copy_keeps_tied_weights_tied() -> None:
+    weight = torch.randn(4, 4)
+    copied = copy_tree({"embedding": weight, "head": weight, "other": weight[:2]})
+    assert copied["embedding"] is copied["head"] and copied["embedding"] is not weight
+    assert torch.equal(copied["other"], weight[:2])

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -330,7 +331,7 @@ def test_no_more_is_skipped_than_the_training_is_long() -> None:
     behind = []
     for steps in (4, 1000):
         guard = guard_of(steps)
-        guard.keep({"step": 0, "place": 0})
+        guard.keep(lambda: {"step": 0, "place": 0})
         behind.append(guard.back(2, "why", place=16, rows=8).behind)
     assert behind == [16 + 8 + 4 * 8, 16 + 8 + 10 * 8]
 
@@ -349,7 +350,7 @@ def test_it_goes_back_to_the_last_state_that_was_followed_by_another() -> None:
     guard = guard_of()
     for step in (0, 10, 20):
         assert guard.wants_state(step)
-        guard.keep(state_at(step))
+        guard.keep(partial(state_at, step))
         assert not guard.wants_state(step)
         assert not guard.wants_state(step + 5)
     back = guard.back(23, "cause", place=92, rows=4)
@@ -360,8 +361,8 @@ def test_it_goes_back_to_the_last_state_that_was_followed_by_another() -> None:
 
 def test_each_rollback_in_a_row_skips_twice_as_much_until_it_gives_up() -> None:
     guard = guard_of(most_in_a_row=3)
-    guard.keep(state_at(0))
-    guard.keep(state_at(10))
+    guard.keep(partial(state_at, 0))
+    guard.keep(partial(state_at, 10))
     skipped = [guard.back(12, "cause", place=0, rows=1).behind for _ in range(3)]
     assert skipped == [11, 21, 41]
     with pytest.raises(StageFailed, match="after 3 rollbacks in a row"):
@@ -370,12 +371,12 @@ def test_each_rollback_in_a_row_skips_twice_as_much_until_it_gives_up() -> None:
 
 def test_getting_past_the_spike_ends_the_row() -> None:
     guard = guard_of(most_in_a_row=2)
-    guard.keep(state_at(0))
+    guard.keep(partial(state_at, 0))
     guard.back(12, "cause", place=0, rows=1)
-    guard.keep(state_at(10))  # not past it yet
+    guard.keep(partial(state_at, 10))  # not past it yet
     guard.back(12, "cause", place=0, rows=1)
-    guard.keep(state_at(10))
-    guard.keep(state_at(20))
+    guard.keep(partial(state_at, 10))
+    guard.keep(partial(state_at, 20))
     assert guard.back(21, "cause", place=0, rows=1).record["in_a_row"] == 1
     assert [record["in_a_row"] for record in guard.rollbacks] == [1, 2, 1]
 
@@ -384,7 +385,7 @@ def test_a_guard_goes_on_from_its_state() -> None:
     first, second = guard_of(), guard_of()
     for step in range(40):
         if first.wants_state(step):
-            first.keep(state_at(step))
+            first.keep(partial(state_at, step))
         first.passed(2.0 + step % 3)
     second.load(copy.deepcopy(first.state()))
     assert second.fault(90.0, 1.0) == first.fault(90.0, 1.0) != ""

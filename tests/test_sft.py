@@ -28,9 +28,8 @@ from rlhf.recipe import EarlyStoppingSection, Recipe, SftSection, parse_recipe
 from rlhf.team import Team
 from rlhf.templates import CHAT_TEMPLATES
 from rlhf.tokenizer import encode_chat, encode_texts
-from stages.common import Start
 from stages.packing import IGNORED, PackingCollator, check_isolation, fitted
-from stages.sft import Dialogues, _encoded, _prepared, marked, validation_loss
+from stages.sft import Dialogues, dialogues_of, marked, prepared, validation_loss
 from stages.sft_trainer import LeanSFTTrainer
 from stages.trl_glue import Progress, Validation, Validator
 from tests.conftest import TINY_RECIPE, rlhf
@@ -194,7 +193,7 @@ SHORT = row("a", "b")
 
 def read(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **sft: Any) -> Dialogues:
     recipe, settings = a_recipe(folder, rows, **sft)
-    return _encoded(recipe, settings, tokenizer, "train")
+    return dialogues_of(recipe, settings, tokenizer, "train")
 
 
 def test_long_rows_are_dropped_and_counted(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -294,9 +293,9 @@ def test_the_first_dialogue_shows_what_is_trained(chat_tokenizer: PreTrainedToke
 
 def prepare(folder: Path, tokenizer: PreTrainedTokenizerBase, **sft: Any) -> PreTrainedTokenizerBase:
     recipe, settings = a_recipe(folder, [SHORT], **sft)
-    prepared = copy.deepcopy(tokenizer)
-    _prepared(recipe, settings, Start("the base", False, None), prepared)
-    return prepared
+    found = copy.deepcopy(tokenizer)
+    prepared(recipe, settings, "the base", found)
+    return found
 
 
 def test_a_template_comes_by_name_or_from_a_file(

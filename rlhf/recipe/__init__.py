@@ -9,7 +9,7 @@ from rlhf.recipe.follows import External, evaluating_sampling, externals, microb
 from rlhf.recipe.ppo import PpoSection
 from rlhf.recipe.prepare import FiltersSection, PrepareSection
 from rlhf.recipe.pretrain import PretrainSection, SpikesSection
-from rlhf.recipe.reading import load_recipe, parse_recipe, read_yaml, shipped_recipes
+from rlhf.recipe.reading import known_base, load_recipe, parse_recipe, read_yaml, shipped_recipes
 from rlhf.recipe.reward import CollectSection, RequireSection, RewardSection, SamplerSection
 from rlhf.recipe.sft import SftSection
 from rlhf.recipe.shared import EarlyStoppingSection, JudgeSection, LoraSection, Sampling, TooLong
@@ -47,6 +47,7 @@ __all__ = [
     "evaluating_sampling",
     "externals",
     "fields_at_default",
+    "known_base",
     "load_recipe",
     "microbatches",
     "newer_keys",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import types
@@ -53,6 +54,15 @@ def shipped_recipes() -> list[Path]:
     """The recipes that come with the package, the quickstart first."""
     folder = Path(__file__).resolve().parents[2] / "recipes"
     return sorted(folder.glob("*.yaml"), key=lambda p: (p.stem != "quickstart", p.stem))
+
+
+def known_base(name: str) -> dict[str, Any] | None:
+    """The configuration of a base that a shipped recipe names by its hub id, as far as shapes go; None for others.
+
+    So what a recipe needs can be told where the hub is out of reach.
+    """
+    path = shipped_recipes()[0].parent / "bases" / f"{name.replace('/', '--')}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def find_recipe(name_or_path: str) -> Path:

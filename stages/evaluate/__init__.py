@@ -175,7 +175,7 @@ def _prepare(recipe: Recipe, settings: EvaluateSection, team: Team, job: Job | N
         texts.setdefault(str(source), []).extend(dataset)
         report_faults(dataset)
     seed = derive_seed(recipe.seed, "evaluate", "items")
-    found = _tasks(recipe, settings)
+    found = tasks_of(recipe, settings)
     suite = Suite(
         texts,
         found,
@@ -282,7 +282,8 @@ def _harness(recipe: Recipe, settings: EvaluateSection) -> Harness | None:
     return open_harness(section.tasks, include=include, shots=section.shots, items=section.items)
 
 
-def _tasks(recipe: Recipe, settings: EvaluateSection) -> list[tasks.Task]:
+def tasks_of(recipe: Recipe, settings: EvaluateSection) -> list[tasks.Task]:
+    """The tasks that the recipe names. Raises UserError where one is there twice."""
     found: list[tasks.Task] = []
     for name in settings.fewshot.tasks:
         if name == "tinyworld":

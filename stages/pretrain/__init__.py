@@ -55,7 +55,8 @@ def run(job: Job) -> dict[str, Any]:
     plan = Plan(settings)
     model.to(accelerator.device)
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
-    size = settings.microbatch_size or _rows_fitting(model, settings, mine)
+    memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
+    size = settings.microbatch_size or rows_fitting(model, settings, mine, memory)
     choices = choose(recipe, "pretrain", model.config._attn_implementation)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
@@ -147,9 +148,8 @@ def _texts(job: Job, settings: PretrainSection, tokenizer: PreTrainedTokenizerBa
     return _Texts(ReplayedTokens(packed, old, settings.replay.share), corpus, replayed)
 
 
-def _rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int) -> int:
-    """The rows of a forward pass that memory has room for: the most that divide those of a step on one process."""
-    memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
+def rows_fitting(model: PreTrainedModel, settings: PretrainSection, mine: int, memory: int) -> int:
+    """The rows of a forward pass whose activations take about so many bytes: the most that divide a process's share."""
     tokens = tokens_fitting(model, memory, checkpointing=settings.gradient_checkpointing)
     most = max(1, tokens // settings.sequence_length)
     return max(rows for rows in range(1, min(mine, most) + 1) if mine % rows == 0)

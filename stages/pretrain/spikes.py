@@ -17,6 +17,7 @@ PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1) did so by hand: some
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rlhf.errors import StageFailed
@@ -52,9 +53,14 @@ class Guard:
         newest = self._kept[-1]["step"] if self._kept else -1
         return self._settings.action == "roll_back" and step % self._every == 0 and step > newest
 
-    def keep(self, state: dict[str, Any]) -> None:
-        """Keeps a state that nobody else changes, with its `step`; the one before it is good now."""
-        self._kept = [*self._kept[-1:], {**state, "guard_losses": list(self._losses)}]
+    def keep(self, make: Callable[[], dict[str, Any]]) -> None:
+        """Keeps the state that `make` gives, which nobody else changes, with its `step`; the one before it is good now.
+
+        The one before that is forgotten first: three of a large model may be more than memory holds.
+        """
+        del self._kept[:-1]
+        state = make()
+        self._kept.append({**state, "guard_losses": list(self._losses)})
         if state["step"] > self._farthest:
             self._in_a_row = 0
 

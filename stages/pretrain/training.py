@@ -91,7 +91,7 @@ class Training:
             self._begin_window()
             while self.step < self.plan.steps:
                 if self.guard.wants_state(self.step):
-                    self.guard.keep(copy_tree(self._state()))
+                    self.guard.keep(lambda: copy_tree(self._state()))
                 loss, norm = self._gradient()
                 cause = self.guard.fault(loss, norm)
                 if cause:

@@ -1,0 +1,143 @@
+"""What the stages' plans have in common: what is planned, what comes out, and the models that stages start from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.errors import MissingInput, RlhfError
+from rlhf.footprint import Footprint
+from rlhf.model import causal_lm_config
+from rlhf.recipe import Recipe, Source, StageName, known_base, upstream
+from rlhf.rundir import RunDir
+from rlhf.tokenizer import load_tokenizer, token_info
+from stages.common import named_model
+from stages.plan.machine import Machine, Work
+
+ROWS_READ = 5000  # of each source, to know how long rows are
+
+ADAM = 2  # moments of each trained number
+
+
+@dataclass
+class StagePlan:
+    """What a stage will do and need."""
+
+    stage: StageName
+    lines: list[str] = field(default_factory=list)  # the arithmetic, in words
+    parameters: int = 0
+    trained: int = 0
+    tokens: float = 0.0  # that are read or drawn
+    work: Work = field(default_factory=lambda: Work(0.0))
+    memory: "Memory | None" = None  # of one process
+    disk: float = 0.0  # bytes
+    shown: str = ""  # the first of what it reads, as the model sees it
+    unchecked: list[str] = field(default_factory=list)  # and why
+    advice: list[str] = field(default_factory=list)  # what to change where it doesn't fit
+
+
+class Memory(NamedTuple):
+    """Bytes of one process above what the libraries take, when they are most."""
+
+    phase: str
+    roles: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All roles together."""
+        return sum(self.roles.values())
+
+
+HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.18
+LIBRARIES, FIRST_USE = "the libraries' own", 120 * 2**20
+
+
+def memory_of(footprint: Footprint, machine: Machine) -> Memory:
+    """What a footprint means on a machine.
+
+    On a CPU more comes on top, as was measured on models of 60 to 130 million parameters (scripts/bench_plan): what is
+    freed leaves holes that the next tensor doesn't fit, for 10 to 25 % of all tensors (glibc's posix_memalign needs
+    more than what was freed); and kernels, packed factors and what else is loaded at first use, some 120 MiB.
+    """
+    peak = footprint.peak()
+    roles = {name: size for name, size in peak.roles.items() if size}
+    if not machine.on_gpus:
+        roles |= {HOLES: round(HOLES_SHARE * peak.total), LIBRARIES: FIRST_USE}
+    return Memory(peak.phase, roles)
+
+
+class Beginning(NamedTuple):
+    """The model that a stage starts from, as far as it is known before anything has run."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None  # None: not there yet
+    name: str
+
+    @property
+    def context(self) -> int:
+        """Tokens that it can read."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+class Context(NamedTuple):
+    """A recipe on a machine."""
+
+    recipe: Recipe
+    run: RunDir
+    machine: Machine
+
+    def beginning(self, stage: StageName) -> Beginning:
+        """What the stage starts from: the model of a stage before it, where that is there, or else what it will be."""
+        for name in ("sft", "pretrain"):
+            made = self.run.stage(name)
+            if name in upstream(self.recipe, stage) and made.summary() is not None and made.model.is_dir():
+                return self.named(str(made.model))
+        if self.recipe.base is not None:
+            return self.named(self.recipe.base)
+        return self._new()
+
+    def named(self, name: str) -> Beginning:
+        """A model by its directory or hub id. Raises MissingInput where nothing is known of it."""
+        start = named_model(self.recipe, name)
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=start.remote_code)
+        except Exception as error:  # whatever the libraries raise for what isn't there, or isn't a configuration
+            known = None if Path(name).is_dir() else known_base(name)
+            if known is None:
+                why = (str(error).splitlines() or [""])[0]
+                raise MissingInput(f"no configuration could be loaded from {name}: {why[:300]}") from None
+            config = AutoConfig.for_model(**known)
+        tokenizer: PreTrainedTokenizerBase | None = None
+        if Path(name).is_dir():
+            tokenizer = start.tokenizer()
+        else:
+            try:
+                tokenizer = start.tokenizer()
+            except RlhfError:
+                tokenizer = None
+        return Beginning(config, tokenizer, name)
+
+    def _new(self) -> Beginning:
+        """The model that pretrain will make."""
+        m, recipe = self.recipe.model, self.recipe
+        made = self.run.stage("tokenizer")
+        tokenizer = load_tokenizer(made.model) if made.summary() is not None and made.model.is_dir() else None
+        assert recipe.tokenizer is not None
+        special: dict[str, Any] = token_info(tokenizer) if tokenizer else {"pad_token_id": 0}
+        config = causal_lm_config(
+            m.architecture,
+            vocab_size=len(tokenizer) if tokenizer else recipe.tokenizer.vocab_size,
+            **m.model_dump(exclude={"depth", "architecture", "initialisation"}),
+            special=special,
+        )
+        return Beginning(config, tokenizer, "random weights")
+
+
+def first_rows(sources: Iterable[Source], rows: int = ROWS_READ) -> tuple[Source, ...]:
+    """The sources, of which only the first rows are read; the hub's are streamed."""
+    return tuple(
+        source.model_copy(update={"rows": min(source.rows or rows, rows), "streaming": bool(source.hub)})
+        for source in sources
+    )

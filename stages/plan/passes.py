@@ -1,0 +1,159 @@
+"""What stages do with a model, gone through without numbers: the passes that make memory largest.
+
+Each takes the code that the stage itself runs, on shapes that it is given; see rlhf.footprint.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from evaluation.scoring import TOKEN_BUDGET
+from rlhf.footprint import GRADIENTS, OPTIMISER, Footprint, tracing
+from rlhf.judge.batches import TOKEN_BUDGET as JUDGE_BUDGET
+from rlhf.likelihood import TokenReader
+from rlhf.model import accelerator_bytes, planning_for
+from rlhf.rollout.cache_engine import CACHE_BYTES, CACHE_SHARE, PREFILL_TOKENS
+from rlhf.rollout.decoder import Decoder
+from rlhf.rollout.draws import draw_tokens
+from rlhf.rollout.protocol import Drawing
+from stages.plan.machine import Machine
+
+T = TypeVar("T")
+
+FIRST_STEPS, MICROBATCHES = 3, 3  # that are gone through
+STEPS = 2  # of each kind: from the second one on the optimiser's state is there
+DECODED = 3  # steps of a response that are gone through, evenly spaced
+
+
+@contextmanager
+def on(machine: Machine) -> Iterator[Footprint]:
+    """Within, tensors are made and counted as on that machine."""
+    with planning_for(machine.gpu_memory), tracing() as footprint:
+        yield footprint
+
+
+def computing(machine: Machine, precision: str) -> AbstractContextManager[object]:
+    """What a training pass runs in: bfloat16 on GPUs, as a GPU's autocast would."""
+    if machine.on_gpus and precision != "float32":
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()
+
+
+def causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM of this configuration in float32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def scorer(config: PreTrainedConfig, heads: int = 1) -> PreTrainedModel:
+    """A sequence classifier of this configuration in float32."""
+    config.num_labels = heads
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    return model
+
+
+def ids(rows: int, tokens: int) -> Tensor:
+    """Rows of token ids."""
+    return torch.zeros(rows, tokens, dtype=torch.long)
+
+
+def learn(
+    footprint: Footprint,
+    phase: str,
+    optimizer: torch.optim.Optimizer,
+    losses: Sequence[Callable[[], Tensor]],
+    gradients: str = GRADIENTS,
+    optimiser: str = OPTIMISER,
+) -> None:
+    """An optimiser step on the gradients of some losses, one microbatch after the other."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with footprint.phase(phase):
+        for loss in losses:
+            loss().backward()  # type: ignore[no-untyped-call]
+        footprint.name(gradients, (p.grad for p in parameters if p.grad is not None))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        with footprint.role(optimiser):
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def telling(steps: Sequence[Sequence[T]], size: Callable[[T], int]) -> list[list[T]]:
+    """Of all optimiser steps' microbatches those that tell how large memory gets: some steps, some microbatches each.
+
+    The first steps, as they come, since what they free leaves the holes for those behind them; and that with the
+    largest microbatch.
+    """
+    first = list(range(min(len(steps), FIRST_STEPS)))
+    largest = max(range(len(steps)), key=lambda number: max(map(size, steps[number])))
+    chosen = []
+    for number in sorted({*first, largest}):
+        step = steps[number]
+        most = max(range(len(step)), key=lambda place: size(step[place]))
+        start = max(0, min(most - 1, len(step) - MICROBATCHES))
+        chosen.append(list(step[start : start + MICROBATCHES]))
+    return chosen
+
+
+def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, as all stages have it."""
+    return torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def read_texts(footprint: Footprint, model: PreTrainedModel, longest: int, rows: int) -> None:
+    """Log-probabilities of held-out texts in rows of at most `longest` tokens, as the evaluation reads them."""
+    length = min(longest, TOKEN_BUDGET)
+    rows = max(1, min(rows, TOKEN_BUDGET // length))
+    with footprint.phase("held-out texts"), torch.inference_mode():
+        reader = TokenReader(model)
+        states = reader.states(ids(rows, length)).flatten(0, 1)
+        every = torch.zeros(rows * length, dtype=torch.long)
+        reader.logprobs(states[every], every)
+
+
+def score(footprint: Footprint, model: PreTrainedModel, longest: int, rows: int) -> None:
+    """A judge's scores of conversations."""
+    rows = max(1, min(rows, JUDGE_BUDGET // longest))
+    with footprint.phase("scoring"), torch.inference_mode():
+        model(input_ids=ids(rows, longest), attention_mask=ids(rows, longest))
+
+
+def draw(
+    footprint: Footprint, model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int = 256
+) -> None:
+    """Responses to prompts of so many tokens, all as long as may be, drawn as the rollout engine draws."""
+    with footprint.phase("drawing responses"), torch.inference_mode():
+        room = accelerator_bytes(model.device, CACHE_SHARE) or CACHE_BYTES
+        decoder = Decoder(model, min(batch, len(prompts)), max(prompts) + drawing.max_tokens, room)
+        plain = Drawing(max_tokens=drawing.max_tokens, temperature=drawing.temperature)
+        waiting = sorted(prompts)[: decoder.slots]
+        joined = 0
+        for group in _groups(waiting, room // 4 // decoder.token_bytes):
+            logits, layers = decoder.prefill([[0] * length for length in group])
+            draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
+            decoder.join(layers, list(range(len(group))), list(range(joined, joined + len(group))))
+            joined += len(group)
+        for step in range(DECODED):
+            width = waiting[-1] + 1 + step * (drawing.max_tokens - 1) // max(1, DECODED - 1)
+            found = decoder.step(ids(1, joined)[0], ids(1, joined)[0], width)
+            draw_tokens(found, torch.zeros(joined, dtype=torch.float64), plain)
+
+
+def _groups(lengths: Sequence[int], kept_tokens: int) -> Iterator[list[int]]:
+    """The prompts that are read at a time, the shortest first."""
+    group: list[int] = []
+    for length in lengths:
+        rows = len(group) + 1
+        if group and (length * rows > PREFILL_TOKENS or length * rows > kept_tokens):
+            yield group
+            group = []
+        group.append(length)
+    yield group

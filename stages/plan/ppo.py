@@ -1,0 +1,243 @@
+"""The plan of the stage ppo."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import RlhfError
+from rlhf.footprint import Footprint
+from rlhf.likelihood import TokenReader
+from rlhf.model import Critic, count_parameters
+from rlhf.recipe import PpoSection
+from rlhf.rollout import Drawing
+from rlhf.tokenizer import encode_prompt
+from stages.common import open_data
+from stages.lora import add_adapter, target_names, using_adapter
+from stages.plan import passes
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.machine import Work
+from stages.ppo.episodes import microbatches_of
+from stages.ppo.roles import CRITIC, POLICY, REWARD
+from stages.ppo.rollout import Budget
+
+SHOWN = 1500  # characters of the first prompt
+
+
+class Models(NamedTuple):
+    """What PPO holds, and how its parts are read."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    judge: PreTrainedModel | None  # None: adapters on the policy's base, or Python
+    values: Callable[[Tensor], Tensor]  # the critic's, of ids
+    policy_parameters: list[nn.Parameter]
+    critic_parameters: list[nn.Parameter]
+    own: int  # parameters of the models beside the policy's, each once
+
+
+def plan(context: Context) -> StagePlan:
+    """What PPO will do and need."""
+    recipe, machine = context.recipe, context.machine
+    settings = recipe.ppo
+    assert settings is not None
+    found = StagePlan("ppo")
+    beginning = context.beginning("ppo")
+    drawing = Drawing(**settings.sampling.model_dump())
+    prompts = _prompts(context, settings, beginning, found)
+    with passes.on(machine) as footprint:
+        models = _models(context, settings, beginning, footprint)
+        budget = Budget.of(settings, models.policy)
+        mine = -(-settings.episodes_per_update // machine.processes)
+        _go_through(context, settings, models, budget, prompts, drawing, footprint)
+        found.parameters = count_parameters(models.policy)
+        found.trained = sum(p.numel() for p in (*models.policy_parameters, *models.critic_parameters))
+        layers = models.policy.config.get_text_config().num_hidden_layers
+    found.memory = memory_of(footprint, machine)
+    mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
+    episodes = settings.updates * settings.episodes_per_update
+    found.tokens = episodes * mean
+    plain, each = found.parameters, 4.0 if settings.layout == "adapters" else 6.0
+    learned = settings.epochs * each * (1 if settings.layout == "shared" else 2)
+    observed = 2.0 * 4  # the policy draws; reference, critic and judge read
+    rounds = settings.updates * -(-mine // settings.rollout_batch_size) * settings.sampling.max_tokens
+    found.work = Work((learned + observed) * plain * found.tokens) + Work(0.0, rounds, 4.0 * plain, layers)
+    found.lines = [
+        f"layout {settings.layout}; {settings.updates:,} updates of {settings.episodes_per_update} episodes, "
+        f"{settings.epochs} epochs x {settings.minibatches} minibatches of "
+        f"{settings.episodes_per_update // settings.minibatches}, over {machine.processes} processes in microbatches "
+        f"of at most {budget.tokens:,} tokens; prompts of {min(prompts)} to {max(prompts)} tokens, responses of "
+        f"{settings.sampling.max_tokens} at most, and all are taken to be so long"
+    ]
+    kept = recipe.checkpoints.keep + 1
+    policy = sum(p.numel() for p in models.policy_parameters)
+    found.disk = kept * 4 * (1 + ADAM) * found.trained + kept * 4 * policy + 4 * plain
+    return found
+
+
+def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found: StagePlan) -> list[int]:
+    """The lengths of the prompts; of the longest there may be where they aren't known."""
+    room = min(beginning.context, 2048) - settings.sampling.max_tokens
+    if beginning.tokenizer is None:
+        found.unchecked.append(f"the prompts: the tokenizer isn't here yet; all are taken to have {room} tokens")
+        return [max(1, room)]
+    tokenizer = beginning.tokenizer
+    try:
+        lengths: list[int] = []
+        for sources in (settings.prompts, settings.test_prompts, settings.validation_prompts or ()):
+            if sources:
+                read = open_data(context.recipe, "ppo", first_rows(sources, 1000), "prompts", "train")
+                asked = [encode_prompt(tokenizer, messages) for messages in read]
+                found.shown = found.shown or tokenizer.decode(asked[0])[:SHOWN]
+                lengths += map(len, asked)
+    except RlhfError as error:
+        if not any(source.hub for source in (*settings.prompts, *settings.test_prompts)):
+            raise
+        found.unchecked.append(f"the prompts: {error}; all are taken to have {room} tokens")
+        return [max(1, room)]
+    fit = [length for length in lengths if length <= beginning.context - settings.sampling.max_tokens]
+    return fit or [max(1, room)]
+
+
+def _models(context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint) -> Models:
+    """The roles in the recipe's layout, with their names."""
+    with footprint.role("policy: weights"):
+        policy = passes.causal_lm(beginning.config)
+    if settings.layout == "adapters":
+        return _adapters(context, settings, policy, beginning, footprint)
+    with footprint.role("reference: weights"):
+        reference = passes.causal_lm(beginning.config).requires_grad_(False)
+    judge = _judge(context, settings, beginning, footprint)
+    critic: nn.Module
+    with footprint.role("critic: weights"):
+        if settings.layout == "full":
+            scorer = passes.scorer(beginning.config)
+            critic = Critic(scorer.base_model, scorer.score, 0.0)
+        else:
+            critic = nn.Linear(beginning.config.get_text_config().hidden_size, 1)
+    shared = settings.layout == "shared"
+
+    def values(ids: Tensor) -> Tensor:
+        found: Tensor = critic(policy.base_model(input_ids=ids, use_cache=False).last_hidden_state if shared else ids)
+        return found
+
+    own = count_parameters(reference) + count_parameters(critic) + (count_parameters(judge) if judge else 0)
+    return Models(policy, reference, judge, values, passes.trained(policy), passes.trained(critic), own)
+
+
+def _adapters(
+    context: Context, settings: PpoSection, base: PreTrainedModel, beginning: Beginning, footprint: Footprint
+) -> Models:
+    base.requires_grad_(False)
+    targets = target_names(base, settings.lora.targets, "ppo.lora")
+    config = LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=targets)
+    reward = context.recipe.reward
+    lent = reward is not None and reward.lora is not None and not reward.from_ and not reward.start
+    with footprint.role("adapters: weights"):
+        for name in (POLICY, CRITIC, *((REWARD,) if lent else ())):
+            add_adapter(base, config, name)
+        head = nn.Linear(base.config.get_text_config().hidden_size, 1)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(f".{POLICY}." in name or f".{CRITIC}." in name)
+    judge = None if lent else _judge(context, settings, beginning, footprint)
+
+    def values(ids: Tensor) -> Tensor:
+        with using_adapter(base, CRITIC):
+            found: Tensor = head(base.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        return found
+
+    named = dict(base.named_parameters())
+    learns = {who: [p for name, p in named.items() if f".{who}." in name] for who in (POLICY, CRITIC)}
+    own = count_parameters(judge) if judge else 0
+    return Models(base, base, judge, values, learns[POLICY], [*learns[CRITIC], *head.parameters()], own)
+
+
+def _judge(
+    context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint
+) -> PreTrainedModel | None:
+    """The models of the judges; those of the reward stage as it will be. The last one, which is read in the plan."""
+    found: PreTrainedModel | None = None
+    reward = context.recipe.reward
+    for section in (*settings.judge, *settings.second_judge):
+        if section.python or section.model is None:
+            continue
+        ours = section.model == "reward"
+        name = section.model if not ours else (reward.from_ or reward.start if reward else None)
+        config = context.named(name).config if name else beginning.config
+        with footprint.role(f"judge {section.title}: weights"):
+            heads = reward.heads if ours and reward else getattr(config, "num_labels", 1)
+            found = passes.scorer(config, heads).requires_grad_(False)
+    return found
+
+
+def _go_through(
+    context: Context,
+    settings: PpoSection,
+    models: Models,
+    budget: Budget,
+    prompts: list[int],
+    drawing: Drawing,
+    footprint: Footprint,
+) -> None:
+    """Draws, observes and learns, as an update does."""
+    machine, new = context.machine, settings.sampling.max_tokens
+    mine = -(-settings.episodes_per_update // machine.processes)
+    lengths = sorted(prompts)
+    asked = [*(lengths[place * len(lengths) // mine] for place in range(1, mine)), lengths[-1]]
+    longest = asked[-1] + new
+    together = mine // settings.minibatches or 1
+    minibatches = [asked[start :: settings.minibatches][:together] for start in range(settings.minibatches)]
+    steps = [_shapes([tokens + new for tokens in each], budget) for each in minibatches]
+    steps = passes.telling(steps, lambda shape: shape[0] * shape[1])
+    largest = max((shape for step in steps for shape in step), key=lambda shape: shape[0] * shape[1])
+    reader, reference = TokenReader(models.policy), TokenReader(models.reference)
+
+    def states_of(model: PreTrainedModel, its: TokenReader, adapter: str | None, rows: int, length: int) -> Tensor:
+        if settings.layout != "adapters":
+            return its.states(passes.ids(rows, length))
+        with using_adapter(model, adapter):
+            return its.states(passes.ids(rows, length))
+
+    def likelihoods(model: PreTrainedModel, its: TokenReader, adapter: str | None, rows: int, length: int) -> Tensor:
+        states = states_of(model, its, adapter, rows, length)
+        before = states[:, torch.zeros(new, dtype=torch.long)].flatten(0, 1)
+        return its.read(before, torch.zeros(rows * new, dtype=torch.long), settings.sampling.temperature).logprobs
+
+    def policy_loss(rows: int, length: int) -> Tensor:
+        with passes.computing(machine, context.recipe.precision):
+            loss = likelihoods(models.policy, reader, POLICY, rows, length).sum()
+            return loss + models.values(passes.ids(rows, length)).sum() if settings.layout == "shared" else loss
+
+    def value_loss(rows: int, length: int) -> Tensor:
+        with passes.computing(machine, context.recipe.precision):
+            return models.values(passes.ids(rows, length)).float().sum()
+
+    policy_moves = passes.adam(models.policy_parameters)
+    critic_moves = passes.adam(models.critic_parameters)
+    for each, who in ((models.policy_parameters, "policy"), (models.critic_parameters, "critic")):
+        footprint.name_gradients(each, f"{who}: gradients")
+    for _ in range(passes.STEPS):
+        with passes.computing(machine, context.recipe.precision):
+            passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size)
+            if models.judge is not None:
+                passes.score(footprint, models.judge, longest, mine)
+            with footprint.phase("reference and critic"), torch.inference_mode():
+                likelihoods(models.reference, reference, None, *largest)
+                models.values(passes.ids(*largest))
+        for step in steps:
+            losses = [partial(policy_loss, *shape) for shape in step]
+            passes.learn(footprint, "the policy's step", policy_moves, losses, "policy: gradients", "policy: optimiser")
+            if settings.layout == "shared":
+                continue
+            losses = [partial(value_loss, *shape) for shape in step]
+            passes.learn(footprint, "the critic's step", critic_moves, losses, "critic: gradients", "critic: optimiser")
+
+
+def _shapes(lengths: list[int], budget: Budget) -> list[tuple[int, int]]:
+    """Rows and tokens of the microbatches of a minibatch on one process."""
+    parts = microbatches_of(lengths, budget.tokens, budget.episodes, 1)
+    return [(len(part), max(lengths[place] for place in part)) for part in parts]

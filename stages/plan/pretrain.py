@@ -1,0 +1,116 @@
+"""The plan of the stage pretrain."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.errors import RlhfError
+from rlhf.footprint import Footprint
+from rlhf.model import accelerator_bytes, count_parameters, decay_groups
+from rlhf.recipe import PretrainSection, microbatches
+from stages.common import open_data
+from stages.plan import passes
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.machine import Work
+from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
+from stages.pretrain.loss import TokenLoss, positions_in_documents
+from stages.pretrain.plan import Plan
+from stages.pretrain.speed import flops_per_token
+from stages.pretrain.training import BETAS, EPSILON
+
+SHOWN = 300  # characters of the first document
+GOOD_STATES = "good states, to go back to after a spike"
+
+
+def plan(context: Context) -> StagePlan:
+    """What pretraining will do and need."""
+    settings = context.recipe.pretrain
+    assert settings is not None
+    found = StagePlan("pretrain")
+    beginning = context.beginning("pretrain")
+    schedule = Plan(settings)
+    mine, _ = microbatches(context.recipe, "pretrain", context.machine.processes)
+    _read(context, settings, found)
+    with passes.on(context.machine) as footprint:
+        with footprint.role("weights"):
+            model = passes.causal_lm(beginning.config)
+        memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
+        size = settings.microbatch_size or rows_fitting(model, settings, mine, memory)
+        found.parameters = found.trained = count_parameters(model)
+        found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
+        _go_through(context, settings, beginning, schedule, size, model, footprint)
+    found.tokens = schedule.tokens
+    found.memory = memory_of(footprint, context.machine)
+    rows = schedule.parts[-1].rows // context.machine.processes
+    found.lines = [
+        f"{schedule.describe()}; {context.machine.processes} processes x {-(-rows // size)} microbatches x "
+        f"{min(size, rows)} rows",
+        f"learning rate {settings.learning_rate:g}, {settings.schedule}; about "
+        f"{schedule.tokens / found.parameters:.1f} tokens a parameter",
+    ]
+    weights = 4 * found.parameters
+    states = 3 if settings.spikes.action == "roll_back" else 1
+    token = 2 if beginning.config.get_text_config().vocab_size <= 2**16 else 4
+    kept = context.recipe.checkpoints.keep + 1  # and the one that is being written
+    found.disk = kept * states * (1 + ADAM) * weights + weights + token * schedule.tokens
+    return found
+
+
+def _read(context: Context, settings: PretrainSection, found: StagePlan) -> None:
+    """Looks at the first of the training texts."""
+    try:
+        texts = open_data(context.recipe, "pretrain", first_rows(settings.train, 20), "texts", "train")
+        found.shown = next(iter(texts))[:SHOWN]
+        list(open_data(context.recipe, "pretrain", first_rows(settings.validation, 20), "texts", "validation"))
+    except RlhfError as error:
+        if not any(source.hub for source in (*settings.train, *settings.validation)):
+            raise
+        found.unchecked.append(f"the texts: {error}")
+
+
+def _go_through(
+    context: Context,
+    settings: PretrainSection,
+    beginning: Beginning,
+    schedule: Plan,
+    size: int,
+    model: PreTrainedModel,
+    footprint: Footprint,
+) -> None:
+    """Measures, trains and measures again, as the stage does."""
+    machine, length = context.machine, settings.sequence_length
+    longest = min(beginning.context, 8192)
+    if context.recipe.base is not None:
+        passes.read_texts(footprint, model, longest, rows=8192)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    loss = TokenLoss(model, settings.z_loss)
+    footprint.name_gradients(model.parameters())
+    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), betas=BETAS, eps=EPSILON, fused=True)
+
+    def objective(rows: int) -> Tensor:
+        inputs = passes.ids(rows, length)
+        positions = positions_in_documents(inputs, 0) if settings.isolate_documents else None
+        with passes.computing(machine, context.recipe.precision):
+            return loss(inputs, passes.ids(rows, length), positions).objective
+
+    rows = schedule.parts[-1].rows // machine.processes
+    sizes = [size] * min(passes.STEPS, rows // size) + ([rows % size] if rows % size else [])
+    kept: list[list[Tensor]] = []
+    every = min(settings.spikes.good_every, schedule.steps)
+    steps = range(0, schedule.steps, every) if settings.spikes.action == "roll_back" else range(2)
+    for _ in steps[:3]:
+        if settings.spikes.action == "roll_back" and not machine.on_gpus:  # beside a GPU they lie in the host's memory
+            del kept[:-1]
+            with footprint.phase("keeping a good state"), footprint.role(GOOD_STATES):
+                state = {id(p): p for p in model.parameters()}
+                moments = [v for each in optimizer.state.values() for v in each.values() if torch.is_tensor(v)]
+                kept.append([tensor.detach().clone() for tensor in (*state.values(), *moments)])
+        for number in range(min(passes.STEPS, schedule.steps)):
+            losses = [partial(objective, rows) for rows in sizes]
+            passes.learn(footprint, f"a training step{'' if number else ', the first'}", optimizer, losses)
+    model.eval()
+    passes.read_texts(footprint, model, longest, rows=8192)

@@ -1,0 +1,211 @@
+"""The plan of the stage reward."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import RlhfError
+from rlhf.footprint import Footprint
+from rlhf.functional.bradley_terry import preference_loss
+from rlhf.model import count_parameters
+from rlhf.recipe import RewardSection, Source, microbatches
+from rlhf.rollout import Drawing
+from rlhf.tokenizer import encode_prompt, prepare_for_chat
+from stages.common import open_data
+from stages.lora import add_adapters
+from stages.plan import passes
+from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.machine import Work
+from stages.reward.normalise import reference_way
+from stages.reward.reading import Judge, Pair, Reading
+from stages.reward.train import VALIDATION_PAIRS, pair_order
+
+SHOWN = 1500  # characters of the first comparison
+
+
+class Shape(NamedTuple):
+    """A microbatch: a response that is in several of its pairs is read once."""
+
+    sequences: int
+    tokens: int  # of each, padding included
+    pairs: int
+
+
+class Lengths(NamedTuple):
+    """What is known of the comparisons."""
+
+    pairs: int
+    steps: list[list[Shape]]  # the microbatches of some steps, that with most tokens among them
+    mean: float  # tokens of a conversation
+    longest: int  # of all
+    prompts: list[int]  # tokens of those that the reference answers
+
+    @property
+    def largest(self) -> Shape:
+        """The microbatch with most tokens."""
+        return max((shape for step in self.steps for shape in step), key=lambda shape: shape.sequences * shape.tokens)
+
+
+def plan(context: Context) -> StagePlan:
+    """What the reward stage will do and need."""
+    recipe, machine = context.recipe, context.machine
+    settings = recipe.reward
+    assert settings is not None
+    found = StagePlan("reward")
+    reference = context.beginning("reward")
+    taken = settings.from_ or settings.start
+    beginning = context.named(taken) if taken else reference
+    way = Drawing(**reference_way(recipe).model_dump())
+    size = steps = 1
+    if not settings.from_:
+        size, steps = microbatches(recipe, "reward", machine.processes)
+    with passes.on(machine) as footprint:
+        with footprint.role("weights"):
+            model = passes.scorer(beginning.config, settings.heads)
+        plain = count_parameters(model)
+        lengths = _lengths(context, settings, beginning, model, size, found)
+        drawn = settings.normalisation_prompts
+        if settings.collect:
+            drawn = (
+                settings.collect.train_prompts + settings.collect.test_prompts
+            ) * settings.collect.responses_per_prompt
+        with footprint.role("the reference's weights"):
+            answering = passes.causal_lm(reference.config)
+        fitting = [min(tokens, reference.context - way.max_tokens) for tokens in lengths.prompts]
+        passes.draw(footprint, answering, (fitting * drawn)[:drawn], way)
+        del answering
+        found.parameters = plain
+        if not settings.from_:
+            learning = _train(context, settings, model, lengths, footprint)
+            found.trained = sum(parameter.numel() for parameter in learning)
+        passes.score(footprint, model, lengths.longest, rows=drawn)
+    found.memory = memory_of(footprint, machine)
+    found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
+    backward = 6.0 if settings.lora is None else 4.0
+    per_step = 4.0 * count_parameters(model)
+    rounds = -(-drawn // (256 * machine.processes)) * way.max_tokens
+    found.work = Work(backward * plain * found.tokens) + Work(
+        2.0 * plain * drawn * way.max_tokens, rounds, per_step, model.config.get_text_config().num_hidden_layers
+    )
+    if settings.from_:
+        found.lines = [f"the judge in {settings.from_} is taken as it is"]
+    else:
+        wanted = max(1, round(settings.epochs * lengths.pairs))
+        found.lines = [
+            f"{lengths.pairs:,} comparisons{' or more' if lengths.pairs >= ROWS_READ else ''}, {settings.epochs:g} "
+            f"epochs = {-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs "
+            f"({machine.processes} processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a "
+            f"conversation on the average; the largest microbatch is {lengths.largest.sequences} conversations of "
+            f"{lengths.largest.tokens:,} tokens"
+        ]
+    found.lines.append(f"{drawn:,} responses of the reference are drawn, of {way.max_tokens:,} tokens at most")
+    found.disk = (recipe.checkpoints.keep + 1) * (4 * plain + 4 * ADAM * found.trained) + 4 * plain
+    return found
+
+
+def _lengths(
+    context: Context,
+    settings: RewardSection,
+    beginning: Beginning,
+    model: PreTrainedModel,
+    size: int,
+    found: StagePlan,
+) -> Lengths:
+    """From the first rows of the data; from the recipe's limits where they or the tokenizer aren't here."""
+    most = min(settings.max_tokens, beginning.context)
+    way = reference_way(context.recipe)
+    prompt = max(1, most - way.max_tokens)
+    whole = [Shape(2 * size, most, size)] * passes.STEPS
+    unknown = Lengths(ROWS_READ, [whole] * passes.STEPS, most, most, [prompt] * settings.normalisation_prompts)
+    if settings.collect:
+        return unknown._replace(pairs=_collected(settings), mean=float(most))
+    if beginning.tokenizer is None:
+        found.unchecked.append("the comparisons: the tokenizer isn't here yet; all are taken to be max_tokens long")
+        return unknown
+    if not settings.from_:
+        prepare_for_chat(beginning.tokenizer, "rlhf")
+    reading = Reading(Judge(model, beginning.tokenizer, True, True, []), settings)
+    try:
+        train = _pairs(context, reading, settings.train)
+        test = _pairs(context, reading, settings.test)
+    except RlhfError as error:
+        if not any(source.hub for source in (*settings.train, *settings.test)):
+            raise
+        found.unchecked.append(f"the comparisons: {error}; all are taken to be max_tokens long")
+        return unknown
+    pairs = train or test
+    if not pairs:
+        return unknown._replace(pairs=0)
+    first = pairs[0]
+    better = beginning.tokenizer.decode(first.chosen)[:SHOWN]
+    worse = beginning.tokenizer.decode(first.rejected[first.prompt_tokens :])[:SHOWN]
+    found.shown = f"{better}\n[rather than] {worse}"
+    lengths = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    prompts = [
+        len(encode_prompt(beginning.tokenizer, pair.comparison.prompt))
+        for pair in pairs[: settings.normalisation_prompts]
+    ]
+    steps = [whole] * passes.STEPS
+    if train:
+        wanted = -(-max(1, round(settings.epochs * len(train))) // settings.pairs_per_step)
+        order, each = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed), settings.pairs_per_step
+        read = [[train[place] for place in order[start : start + each]] for start in range(0, len(order), each)]
+        shapes = [[_shape(step[at : at + size]) for at in range(0, each, size)] for step in read]
+        shapes += [whole] * (len(train) >= ROWS_READ)
+        steps = passes.telling(shapes, lambda shape: shape.sequences * shape.tokens)
+    return Lengths(len(train), steps, sum(lengths) / len(lengths), max(lengths), prompts)
+
+
+def _collected(settings: RewardSection) -> int:
+    """How many comparisons come of the responses that are drawn, at most."""
+    assert settings.collect is not None
+    each = settings.collect.responses_per_prompt
+    return settings.collect.train_prompts * each * (each - 1) // 2
+
+
+def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> list[Pair]:
+    if not sources:
+        return []
+    read = open_data(context.recipe, "reward", first_rows(sources), "comparisons", "train", then=reading.pair)
+    return [pair for pair in read if pair is not None]
+
+
+def _shape(pairs: Sequence[Pair]) -> Shape:
+    rows = {ids.tobytes(): len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)}
+    return Shape(len(rows), max(rows.values()), len(pairs))
+
+
+def _train(
+    context: Context,
+    settings: RewardSection,
+    model: PreTrainedModel,
+    lengths: Lengths,
+    footprint: Footprint,
+) -> list[nn.Parameter]:
+    """Validates, trains and validates, as the stage does; what learns."""
+    adapted: nn.Module = model
+    if settings.lora:
+        adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier")
+    learning = passes.trained(adapted)
+    validated = 2 * min(VALIDATION_PAIRS, max(1, lengths.pairs))
+
+    def loss(shape: Shape) -> Tensor:
+        with passes.computing(context.machine, context.recipe.precision):
+            read = passes.ids(shape.sequences, shape.tokens)
+            logits = adapted(input_ids=read, attention_mask=passes.ids(shape.sequences, shape.tokens)).logits
+        both = logits[torch.zeros(2, shape.pairs, dtype=torch.long)].float()
+        ones = torch.ones(shape.pairs)
+        return preference_loss(both[0], both[1], ones, ones.unsqueeze(1), settings.label_smoothing, settings.centering)
+
+    model.config.use_cache = False
+    passes.score(footprint, model, lengths.longest, rows=validated)
+    footprint.name_gradients(adapted.parameters())
+    optimizer = passes.adam(learning)
+    for number, step in enumerate(lengths.steps):
+        losses = [partial(loss, shape) for shape in step]
+        passes.learn(footprint, f"a training step{'' if number else ', the first'}", optimizer, losses)
+    return learning

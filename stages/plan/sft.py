@@ -1,0 +1,178 @@
+"""The plan of the stage sft."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from rlhf.errors import RlhfError
+from rlhf.footprint import Footprint
+from rlhf.model import count_parameters
+from rlhf.recipe import SftSection, microbatches
+from rlhf.rollout import Drawing
+from rlhf.runtime import derive_seed
+from rlhf.tokenizer import EncodedChat, encode_prompt
+from stages.common import training_order
+from stages.lora import add_adapters
+from stages.packing import PackingCollator
+from stages.plan import passes
+from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.machine import Work
+from stages.sft import LOGITS, VALIDATED_AT_ONCE, dialogues_of, marked, prepared
+
+BEST = "the best weights so far (early stopping)"
+
+
+class Shape(NamedTuple):
+    """A microbatch."""
+
+    rows: int
+    tokens: int  # of a row, padding included
+    trained: int  # positions at which some row learns
+
+
+class Lengths(NamedTuple):
+    """What is known of the conversations."""
+
+    steps: list[list[Shape]]  # the microbatches of some steps, that with most tokens among them
+    mean: float  # tokens of a conversation
+    validation: int  # tokens of the longest one
+    validated: int  # how many there are
+    prompts: list[int]  # tokens of those that are answered
+
+    @property
+    def largest(self) -> Shape:
+        """The microbatch with most tokens."""
+        return max((shape for step in self.steps for shape in step), key=lambda shape: shape.rows * shape.tokens)
+
+
+def plan(context: Context) -> StagePlan:
+    """What supervised fine-tuning will do and need."""
+    recipe, machine = context.recipe, context.machine
+    settings = recipe.sft
+    assert settings is not None
+    found = StagePlan("sft")
+    beginning = context.beginning("sft")
+    size, steps = microbatches(recipe, "sft", machine.processes)
+    lengths = _lengths(context, settings, beginning, size, found)
+    with passes.on(machine) as footprint:
+        with footprint.role("weights"):
+            model = passes.causal_lm(beginning.config)
+        plain = count_parameters(model)
+        adapted: nn.Module = add_adapters(model, settings.lora, "sft.lora") if settings.lora else model
+        learning = passes.trained(adapted)
+        found.parameters, found.trained = plain, sum(p.numel() for p in learning)
+        _go_through(context, settings, model, adapted, lengths, footprint)
+    found.memory = memory_of(footprint, machine)
+    dialogues = settings.steps * settings.dialogues_per_step
+    found.tokens = lengths.mean * dialogues
+    backward = 6.0 if settings.lora is None else 4.0  # the frozen weights have no gradient of their own
+    found.work = Work(backward * plain * found.tokens)
+    found.lines = [
+        f"{settings.steps:,} steps of {settings.dialogues_per_step} dialogues ({machine.processes} processes x {steps} "
+        f"microbatches x {size}{', packed' if settings.packing else ''}), {lengths.mean:,.0f} tokens each on the "
+        f"average; the largest microbatch is {lengths.largest.rows} rows of {lengths.largest.tokens:,} tokens"
+    ]
+    found.disk = (recipe.checkpoints.keep + 1) * (4 * plain + 4 * ADAM * found.trained) + 4 * plain
+    return found
+
+
+def _lengths(context: Context, settings: SftSection, beginning: Beginning, size: int, found: StagePlan) -> Lengths:
+    """From the first rows of the data; from the recipe's limits where they or the tokenizer aren't here."""
+    most = settings.max_tokens
+    whole = [Shape(size, most, most)] * passes.STEPS
+    prompt = max(1, most - settings.sampling.max_tokens)
+    unknown = Lengths([whole] * passes.STEPS, most, most, VALIDATED_AT_ONCE, [prompt] * settings.sampled_prompts)
+    recipe, tokenizer = context.recipe, beginning.tokenizer
+    if tokenizer is None:
+        found.unchecked.append("the conversations: the tokenizer isn't here yet; all are taken to be max_tokens long")
+        return unknown
+    prepared(recipe, settings, beginning.name, tokenizer)
+    try:
+        read = settings.model_copy(
+            update={"train": first_rows(settings.train), "validation": first_rows(settings.validation)}
+        )
+        train = dialogues_of(recipe, read, tokenizer, "train")
+        validation = dialogues_of(recipe, read, tokenizer, "validation")
+    except RlhfError as error:
+        if not any(source.hub for source in (*settings.train, *settings.validation)):
+            raise
+        found.unchecked.append(f"the conversations: {error}; all are taken to be max_tokens long")
+        return unknown
+    found.shown = marked(tokenizer, train.chats[0]).plain
+    seed = derive_seed(recipe.seed, "sft", "order")
+    places = training_order([len(chat.ids) for chat in train.chats], settings.dialogues_per_step, settings.steps, seed)
+    each = settings.dialogues_per_step
+    steps = [places[start : start + each] for start in range(0, len(places), each)]
+    shapes = [
+        [_shape(settings, [train.chats[place] for place in step[at : at + size]]) for at in range(0, each, size)]
+        for step in steps
+    ]
+    if len(train.chats) >= ROWS_READ:
+        shapes += unknown.steps
+    prompts = [len(encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
+    return Lengths(
+        passes.telling(shapes, lambda shape: shape.rows * shape.tokens),
+        sum(len(chat.ids) for chat in train.chats) / len(train.chats),
+        max(len(chat.ids) for chat in validation.chats),
+        len(validation.chats),
+        prompts,
+    )
+
+
+def _shape(settings: SftSection, chats: list[EncodedChat]) -> Shape:
+    if settings.packing:
+        rows = [{"input_ids": chat.ids, "labels": chat.ids} for chat in chats]
+        packed = PackingCollator(settings.max_tokens, 0)(rows)["input_ids"]
+        return Shape(packed.shape[0], packed.shape[1], packed.shape[1])
+    longest = max(len(chat.ids) for chat in chats)
+    learned = {place for chat in chats for place, trained in enumerate(chat.trained) if trained}
+    return Shape(len(chats), longest, len(learned))
+
+
+def _go_through(
+    context: Context,
+    settings: SftSection,
+    plain: PreTrainedModel,
+    model: nn.Module,
+    lengths: Lengths,
+    footprint: Footprint,
+) -> None:
+    """Validates, trains, validates and draws, as the stage does."""
+    vocabulary = plain.config.get_text_config().vocab_size
+
+    def validate() -> None:
+        rows = max(1, min(VALIDATED_AT_ONCE, LOGITS // (lengths.validation * vocabulary), lengths.validated))
+        with footprint.phase("validation"), torch.no_grad():
+            logits = model(input_ids=passes.ids(rows, lengths.validation), use_cache=False).logits[:, :-1]
+            counted = torch.zeros(rows * (lengths.validation - 1), dtype=torch.long)
+            logits.flatten(0, 1)[counted].float().log_softmax(-1)
+
+    def loss(shape: Shape) -> Tensor:
+        columns = torch.zeros(shape.trained, dtype=torch.long)
+        with passes.computing(context.machine, context.recipe.precision):
+            read = passes.ids(shape.rows, shape.tokens)
+            logits = model(input_ids=read, use_cache=False, logits_to_keep=columns).logits
+            targets = passes.ids(shape.rows, shape.trained)
+            return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+    validate()
+    model.train()
+    footprint.name_gradients(model.parameters())
+    optimizer = passes.adam(passes.trained(model))
+    for number, step in enumerate(lengths.steps[: settings.steps]):
+        losses = [partial(loss, shape) for shape in step]
+        passes.learn(footprint, f"a training step{'' if number else ', the first'}", optimizer, losses)
+        if settings.early_stopping and number == 0:
+            with footprint.role(BEST):
+                best = [parameter.detach().clone() for parameter in passes.trained(model)]
+    model.eval()
+    validate()
+    del optimizer
+    drawing = Drawing(**settings.sampling.model_dump())
+    passes.draw(footprint, plain, lengths.prompts, drawing)
+    if settings.early_stopping:
+        del best
