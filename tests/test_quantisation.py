@@ -34,6 +34,7 @@ from rlhf.errors import RecipeError, UserError
 from rlhf.model import count_parameters, load_causal_lm, load_scorer, save_model
 from rlhf.quantisation import check_quantisation
 from rlhf.recipe import LoraSection, Recipe, load_recipe
+from rlhf.rollout.fit import tolerance_of
 from rlhf.tokenizer import token_info
 from stages.lora import add_adapters, give_weights, learned_weights, merged
 from tests.conftest import TINY_RECIPE, VOCAB_SIZE, rlhf
@@ -211,6 +212,14 @@ def test_what_was_learned_is_added_to_the_bases_own_weights(base: Path, how: Bit
         turned = delta if delta.shape == before[key].shape and "c_" not in key else delta.T  # Conv1D is [in, out]
         torch.testing.assert_close(plain[key], before[key] + turned, atol=1e-6, rtol=1e-5)
     assert {name.removeprefix("base_model.model.") for name in pairs} == linear_layers(load_causal_lm(base))
+
+
+def test_drawing_and_training_may_differ_by_what_the_layers_compute_in(base: Path, how: BitsAndBytesConfig) -> None:
+    assert tolerance_of(load_causal_lm(base)) == tolerance_of(load_causal_lm(base, quantised=how)) == 0.02
+    how.bnb_4bit_compute_dtype = torch.bfloat16
+    assert (
+        tolerance_of(load_causal_lm(base, quantised=how)) == tolerance_of(load_causal_lm(base, torch.bfloat16)) == 0.5
+    )
 
 
 # What is refused
