@@ -28,6 +28,13 @@ RecipeOption = Annotated[
 ]
 RunsDirOption = Annotated[Path, typer.Option("--runs-dir", help="where runs are kept; this one is runs-dir/NAME")]
 
+LaunchOption = Annotated[
+    str,
+    typer.Option(
+        "--launch-config", help="Accelerate's launcher starts them: a launch file, or the name of a shipped one"
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -57,12 +64,10 @@ def run(
             "--processes", min=1, max=1024, help="processes of a stage that trains, on this machine (default: 1)"
         ),
     ] = None,
-    launch_config: Annotated[
-        str,
-        typer.Option(
-            "--launch-config", help="Accelerate's launcher starts them: a launch file, or the name of a shipped one"
-        ),
-    ] = "",
+    launch_config: LaunchOption = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only check everything and tell what it will do and need (rlhf plan)")
+    ] = False,
 ) -> None:
     """Runs one stage of a recipe, or all that are not done.
 
@@ -76,6 +81,12 @@ def run(
         raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
     settings = load_recipe(recipe, overrides or [])
     wanted = chain.wanted_stages(settings, stage)
+    if dry_run:
+        from rlhf.plan import machine_of, run_plan
+
+        machine = machine_of(settings, None, None, processes, launch_config)
+        run_plan(settings, wanted, runs_dir, machine, as_json=False)
+        return
     command = "rlhf " + " ".join(sys.argv[1:])
     said = [argument for argument in sys.argv[1:] if argument not in ("run", "--fresh")]
     said.remove(stage) if stage in said else None
@@ -112,6 +123,42 @@ def run(
         again=again,
         launch=launch,
     )
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="e.g. sft.microbatch_size=4")
+    ] = None,
+    recipe: RecipeOption = "",
+    stage: Annotated[str, typer.Option("--stage", help="only this one")] = "all",
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=0, max=4096, help="so many GPUs, a process on each; 0: this machine's CPU"),
+    ] = None,
+    gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", min=1, max=1024, help="GiB of each GPU")] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, max=1024, help="without GPUs: so many processes")
+    ] = None,
+    launch_config: LaunchOption = "",
+    runs_dir: RunsDirOption = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Checks a recipe without training: files, rows, templates; tells batches, memory, work, time and disk.
+
+    Plans for the recipe's own `hardware`, where it has any and no option says otherwise, or for this machine.
+    """
+    from rlhf.recipe import load_recipe
+
+    if not recipe:
+        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
+    settings = load_recipe(recipe, overrides or [])
+    from rlhf.chain import wanted_stages
+    from rlhf.plan import machine_of, run_plan
+
+    wanted = wanted_stages(settings, stage)
+    machine = machine_of(settings, gpus, gpu_memory, processes, launch_config)
+    run_plan(settings, wanted, runs_dir, machine, as_json=as_json)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -120,6 +121,8 @@ def tracing() -> Iterator[Footprint]:
     """Within, tensors are made without contents, on the CPU, and counted."""
     footprint = Footprint()
     with ExitStack() as stack:
+        # a module's tensors can't be exchanged here, and are on the CPU in float32 already
+        stack.enter_context(patch.object(nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(footprint)
         yield footprint

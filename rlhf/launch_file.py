@@ -159,7 +159,7 @@ def open_launch_file(name_or_path: str, processes: int | None) -> LaunchFile:
 
     `processes`: what --processes says. Raises UserError, naming file and key, for what can't be done here.
     """
-    path = _find(name_or_path)
+    path = find_launch_file(name_or_path)
     config = read_launch_file(path)
     if config.distributed_type != "MULTI_GPU":
         raise UserError(
@@ -177,7 +177,8 @@ def open_launch_file(name_or_path: str, processes: int | None) -> LaunchFile:
     return LaunchFile(path=path, config=config, processes=wanted)
 
 
-def _find(name_or_path: str) -> Path:
+def find_launch_file(name_or_path: str) -> Path:
+    """The file of a shipped launch file's name, or the path itself. Raises UserError where there is none."""
     shipped = {path.stem: path for path in shipped_launch_files()}
     if name_or_path in shipped:
         return shipped[name_or_path]

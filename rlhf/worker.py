@@ -159,6 +159,7 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
 def _run_stage(job: Job) -> None:
     leave_out_unless_needed(job.recipe, job.stage)
     module = importlib.import_module(f"stages.{job.stage}")
+    job.meter.begin_work()
     with quiet_libraries():
         seed_everything(derive_seed(job.recipe.seed, job.stage))
         results = module.run(job)

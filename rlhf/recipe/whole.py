@@ -25,6 +25,14 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="how many are kept of each stage, the newest ones")
 
 
+class HardwareSection(Section):
+    """What a recipe is made for; `rlhf plan` plans for it where nothing else is said."""
+
+    gpus: int = Field(1, ge=1, le=4096, description="one process for each")
+    gpu_memory: float = Field(gt=0, le=1024, description="GiB of each")
+    launch: str | None = Field(None, min_length=1, description="the launch file that goes with it (--launch-config)")
+
+
 Trackers = Annotated[
     tuple[TrackerName, ...],
     BeforeValidator(
@@ -42,6 +50,9 @@ class Recipe(Section):
     description: str = Field("", description="what it is for, in a line", json_schema_extra=NO_RESULT)
     needs: str = Field("", description="hardware and data", json_schema_extra=NO_RESULT)
     takes: str = Field("", description="time and memory", json_schema_extra=NO_RESULT)
+    hardware: HardwareSection | None = Field(
+        None, description="what it is made for; `rlhf plan` plans for it", json_schema_extra=NO_RESULT
+    )
     seed: int = Field(1, ge=0, lt=2**32, description="what every draw of every stage depends on")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

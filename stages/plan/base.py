@@ -15,6 +15,7 @@ from rlhf.rundir import RunDir
 from rlhf.tokenizer import load_tokenizer, token_info
 from stages.common import named_model
 from stages.plan.machine import Machine, Work
+from stages.sft import prepared
 
 ROWS_READ = 5000  # of each source, to know how long rows are
 
@@ -94,9 +95,10 @@ class Context(NamedTuple):
             made = self.run.stage(name)
             if name in upstream(self.recipe, stage) and made.summary() is not None and made.model.is_dir():
                 return self.named(str(made.model))
-        if self.recipe.base is not None:
-            return self.named(self.recipe.base)
-        return self._new()
+        found = self.named(self.recipe.base) if self.recipe.base is not None else self._new()
+        if "sft" in upstream(self.recipe, stage) and self.recipe.sft and found.tokenizer is not None:
+            prepared(self.recipe, self.recipe.sft, found.name, found.tokenizer)
+        return found
 
     def named(self, name: str) -> Beginning:
         """A model by its directory or hub id. Raises MissingInput where nothing is known of it."""
