@@ -407,7 +407,7 @@ def train_on_random_tokens(shape: Shape, batch: int, steps: int, folder: Path) -
     packed = PackedTokens(folder / "tokens.bin", shape.vocabulary, shape.length, seed=0)
     job = Job(recipe, RunDir(folder), "pretrain")
     job.directory.path.mkdir()
-    Training(job, settings, model, packed, Plan(settings), batch, None, accelerator, dict).run()
+    Training(job, settings, model, packed, Plan(settings), batch, None, accelerator, dict, compiled=True).run()
     return Trained(count_parameters(model), read_lines(job.directory.metrics))
 
 

@@ -8,13 +8,14 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -75,6 +76,22 @@ def trainer_arguments(
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": gpu,
     }
+
+
+@contextmanager
+def adapters_as_they_are(model: Any) -> Iterator[None]:
+    """Within, a trainer of TRL's that is made for this model leaves what is trained on a quantised base in float32.
+
+    It would round all of it to bfloat16: adapters, rows of tokens and a score head. That is lost at small learning
+    rates, and on a CPU slow.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    flag = plain.__dict__.pop("is_loaded_in_4bit", None)
+    try:
+        yield
+    finally:
+        if flag is not None:
+            plain.is_loaded_in_4bit = flag
 
 
 # Validation

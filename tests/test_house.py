@@ -27,6 +27,8 @@ FLOORS = [
         "rlhf.saver",
         "rlhf.plugins",
         "rlhf.templates",
+        "rlhf.choices",
+        "rlhf.quantisation",
     },
     {"rlhf.data", "rlhf.tinyworld", "rlhf.rollout", "rlhf.judge"},
     {"evaluation"},

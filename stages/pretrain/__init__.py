@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.choices import Choices, choose, loading_attention
 from rlhf.data.prepare.inputs import REPLAYED
 from rlhf.data.tokens import PackStats, ReplayedTokens, Rows
 from rlhf.errors import StageFailed
@@ -56,6 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
     memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
     size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
+    choices = choose(recipe, "pretrain", model.config._attn_implementation)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -67,12 +69,14 @@ def run(job: Job) -> dict[str, Any]:
         return {**found.figures(), **found.lines()}
 
     begin = begin_id(tokenizer) if settings.isolate_documents else None
-    training = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way)
+    training = Training(
+        job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way, compiled=choices.compiled
+    )
     outcome = training.run()
     after = measure()
     _tell(after, before)
     _warn_of_divergence(model, after)
-    summary = _summary(model, plan, texts, outcome, after, before)
+    summary = _summary(model, choices, plan, texts, outcome, after, before)
     if job.team.is_main:
         what = "trained from random weights" if recipe.base is None else f"trained further from {recipe.base}"
         card = model_card(
@@ -122,6 +126,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             special=token_info(tokenizer),
         ),
         m.initialisation,
+        loading_attention(recipe),
     )
 
 
@@ -217,11 +222,18 @@ def _warn_of_divergence(model: PreTrainedModel, after: Measured) -> None:
 
 
 def _summary(
-    model: PreTrainedModel, plan: Plan, texts: _Texts, outcome: Outcome, after: Measured, before: Measured | None
+    model: PreTrainedModel,
+    choices: Choices,
+    plan: Plan,
+    texts: _Texts,
+    outcome: Outcome,
+    after: Measured,
+    before: Measured | None,
 ) -> dict[str, Any]:
     speed, corpus = plan.tokens / outcome.seconds, texts.corpus
     summary = {
         "parameters": count_parameters(model),
+        **choices.facts(),
         "steps": plan.steps,
         "tokens": plan.tokens,
         "tokens_per_second": round(speed, 1),

@@ -54,6 +54,8 @@ class Training:
         begin: int | None,
         accelerator: Accelerator,
         validate: Callable[[], dict[str, Any]],
+        *,
+        compiled: bool,
     ) -> None:
         """`microbatch`: rows of a forward pass; `begin`: the id before which no token sees, None for rows as a whole.
 
@@ -62,7 +64,7 @@ class Training:
         self.job, self.settings, self.model, self.rows, self.plan = job, settings, model, rows, plan
         self.microbatch, self.begin, self.accelerator, self.validate = microbatch, begin, accelerator, validate
         loss = TokenLoss(model, settings.z_loss)
-        if settings.compile:
+        if compiled:
             loss.compile()
         self.loss, *self.optimizers = accelerator.prepare(loss, *_optimizers(model, settings))
         self.metrics = job.metrics()
