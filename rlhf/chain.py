@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 import rlhf
 from evaluation.harness import check_include, check_installed
+from rlhf.choices import check_attention
 from rlhf.data.files import source_files
 from rlhf.data.prepare.inputs import corpora, task_inputs
 from rlhf.errors import Interrupted, MissingInput, StageFailed, UserError
@@ -28,6 +29,7 @@ from rlhf.launch import TRAINING, run_processes
 from rlhf.launch_file import LaunchFile
 from rlhf.launcher import run_launched
 from rlhf.plugins import check_function, function_file
+from rlhf.quantisation import check_quantisation
 from rlhf.recipe import (
     STAGES,
     External,
@@ -135,6 +137,10 @@ def stage_inputs(recipe: Recipe, stage: StageName, run: RunDir) -> dict[str, Any
     inputs["seed"] = recipe.seed
     if stage in TRAINING and recipe.precision != "auto":
         inputs["precision"] = recipe.precision
+    if stage != "tokenizer" and recipe.attention != "auto":
+        inputs["attention"] = recipe.attention
+    if stage == "pretrain" and recipe.pretrain:
+        inputs["pretrain.compile"] = recipe.pretrain.compile is True  # auto is as it was when nobody asked for it
     if stage == "pretrain" and recipe.base is None:
         inputs |= {f"model.{key}": value for key, value in result_fields(recipe.model).items()}
     inputs |= _borrowed(recipe, stage)
@@ -472,6 +478,8 @@ def check_inputs(recipe: Recipe, wanted: tuple[StageName, ...], processes: int) 
     """Checks what can be checked before the first stage runs: trackers, files, and the arithmetic of batches."""
     check_trackers(recipe.track)
     for stage in wanted:
+        check_attention(recipe, stage)
+        check_quantisation(recipe, stage)
         if stage in TRAINING and stage != "ppo" and not (stage == "reward" and recipe.reward and recipe.reward.from_):
             microbatches(recipe, stage, processes)
         for source in sources_in(getattr(recipe, stage)):
@@ -606,7 +614,17 @@ def finish_stage(directory: StageDir, summary: dict[str, Any]) -> None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "rlhf": rlhf.__version__}
-    for package in ("torch", "transformers", "trl", "accelerate", "tokenizers", "datasets", "peft", "lm_eval"):
+    for package in (
+        "torch",
+        "transformers",
+        "trl",
+        "accelerate",
+        "tokenizers",
+        "datasets",
+        "peft",
+        "lm_eval",
+        "bitsandbytes",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -94,6 +95,8 @@ class Footprint(TorchDispatchMode):
                 self._live[key] = size, role
                 self._roles[before] -= size
                 self._roles[role] += size
+        if self._total == self._most:  # it's now that memory is largest
+            self._largest = Moment(self._largest.phase, dict(self._roles))
 
     def name_gradients(self, parameters: Iterable[nn.Parameter], role: str = GRADIENTS) -> None:
         """Has the gradients of parameters play this role as soon as they are there."""
@@ -120,6 +123,8 @@ def tracing() -> Iterator[Footprint]:
     """Within, tensors are made without contents, on the CPU, and counted."""
     footprint = Footprint()
     with ExitStack() as stack:
+        # a module's tensors can't be exchanged here, and are on the CPU in float32 already
+        stack.enter_context(patch.object(nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(footprint)
         yield footprint

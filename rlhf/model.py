@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -27,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import MissingInput, UserError
 from rlhf.functional.masked import widened
+from rlhf.quantisation import settle
 from rlhf.rundir import sync_folder, write_atomically
 from rlhf.tokenizer import token_info
 
@@ -91,9 +93,15 @@ def causal_lm_config(
     return LlamaConfig(**common)
 
 
-def build_causal_lm(config: PreTrainedConfig, initialisation: str = "normal") -> PreTrainedModel:
-    """A model with random weights, `normal` (transformers' own) or `wide`; seed torch first."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def build_causal_lm(
+    config: PreTrainedConfig, initialisation: str = "normal", attention: str | None = None
+) -> PreTrainedModel:
+    """A model with random weights, `normal` (transformers' own) or `wide`; seed torch first.
+
+    `attention`: the implementation; None: transformers' choice.
+    """
+    how = {"attn_implementation": attention} if attention else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
     if initialisation == "wide":
         initialise_widely(model)
     return model
@@ -173,16 +181,22 @@ def scale_last_norm(model: PreTrainedModel) -> float:
 
 
 def load_causal_lm(
-    directory: str | Path, dtype: torch.dtype = torch.float32, *, remote_code: bool = False
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    remote_code: bool = False,
+    attention: str | None = None,
+    quantised: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A causal LM from a directory or hub id, without dropout. Raises MissingInput where none can be loaded.
 
-    Code that lies beside it is run with `remote_code` only.
+    Code that lies beside it is run with `remote_code` only. `attention`: the implementation; None: transformers'
+    choice. With `quantised` it is on the device already, and frozen.
     """
     kinds = _load_config(directory, remote_code).architectures or []
     if any("SequenceClassification" in kind for kind in kinds):
         raise UserError(f"{directory} is a reward model or another classifier ({', '.join(kinds)}), not a causal LM")
-    return _load(AutoModelForCausalLM, directory, dtype, remote_code)
+    return _load(AutoModelForCausalLM, directory, dtype, remote_code, attention, quantised)
 
 
 def load_scorer(
@@ -192,17 +206,20 @@ def load_scorer(
     fresh_head: bool = False,
     heads: int = 1,
     remote_code: bool = False,
+    attention: str | None = None,
+    quantised: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier whose outputs are scores, one or one of each head of an ensemble, without dropout.
 
     With `fresh_head` a score head of `heads` outputs is made at random (seed torch first) where there is none of that
     size; without, its absence is an error. An ensemble's configuration says `score_heads`: that tells it from a
-    classifier of as many classes.
+    classifier of as many classes. The rest is as for `load_causal_lm`.
     """
     config = _load_config(directory, remote_code)
     if fresh_head:
         fresh: dict[str, Any] = {"num_labels": heads, "ignore_mismatched_sizes": True}
-        model = _load(AutoModelForSequenceClassification, directory, dtype, remote_code, FRESH_HEADS, **fresh)
+        how = (directory, dtype, remote_code, attention, quantised)
+        model = _load(AutoModelForSequenceClassification, *how, FRESH_HEADS, **fresh)
         model.config.score_heads = heads
         return model
     _check_classifier(directory, config)
@@ -211,15 +228,19 @@ def load_scorer(
             f"{directory} has {config.num_labels} outputs; a reward model has one, or as many as its configuration "
             "says in `score_heads`"
         )
-    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code)
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code, attention, quantised)
 
 
 def load_classifier(
-    directory: str | Path, dtype: torch.dtype | str = torch.float32, *, remote_code: bool = False
+    directory: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    remote_code: bool = False,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Any sequence classifier, however many outputs it has, without dropout. `dtype` "auto" is that of its files."""
     _check_classifier(directory, _load_config(directory, remote_code))
-    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code)
+    return _load(AutoModelForSequenceClassification, directory, dtype, remote_code, attention)
 
 
 def score_heads(config: PreTrainedConfig) -> int:
@@ -244,11 +265,17 @@ def _load(
     directory: str | Path,
     dtype: torch.dtype | str,
     remote_code: bool,
+    attention: str | None,
+    quantised: BitsAndBytesConfig | None = None,
     fresh: tuple[str, ...] = (),
     **options: Any,
 ) -> PreTrainedModel:
     """The model, every weight of which must be there, but those whose names begin with one of `fresh`."""
     _load_config(directory, remote_code)
+    if attention:
+        options["attn_implementation"] = attention
+    if quantised:
+        options["quantization_config"] = quantised
     try:
         model: PreTrainedModel
         model, found = loader.from_pretrained(
@@ -268,6 +295,8 @@ def _load(
             "model would be partly random"
         )
     disable_dropout(model)
+    if quantised:
+        settle(model)
     return model
 
 
@@ -386,8 +415,9 @@ def tokens_fitting(model: PreTrainedModel, memory: int, *, checkpointing: bool =
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters, shared ones once; of a quantised layer those that it stands for."""
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    return sum(state.shape.numel() if state else parameter.numel() for parameter, state in states)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ work, time on named hardware, disk; and where something doesn't fit, what to cha
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.launch_file import find_launch_file, read_launch_file
 from rlhf.recipe import Recipe, StageName
 from rlhf.rundir import RunDir
-from rlhf.runtime import visible
+from rlhf.runtime import quiet_libraries, visible
 from stages.plan import GIB, Context, Machine, StagePlan, plan_stage
 from stages.plan.machine import TRAINING_SHARE, Gpu
 
@@ -65,6 +67,17 @@ class Alternative(NamedTuple):
 
 def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool) -> None:
     """Checks and tells. Raises UserError for what the user must mend."""
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what stages say on the way is no JSON
+        plans, context = _plans(recipe, wanted, runs_dir, machine, as_json=as_json)
+    if as_json:
+        print(json.dumps(_as_json(context, plans), indent=2, ensure_ascii=False))
+    else:
+        _print(_in_all(context, plans))
+
+
+def _plans(
+    recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool
+) -> tuple[list[StagePlan], Context]:
     check_inputs(recipe, wanted, machine.processes)
     run = RunDir.of(recipe, runs_dir)
     context, console = Context(recipe, run, machine), Console(stderr=True)
@@ -72,7 +85,7 @@ def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, mach
         _print(f"plan: {recipe.name} for {machine}")
     plans = []
     for number, stage in enumerate(wanted, 1):
-        with console.status(f"plan: {stage}"):
+        with console.status(f"plan: {stage}"), quiet_libraries():
             found = plan_stage(context, stage)
             found.advice += _advice(context, found)
         plans.append(found)
@@ -83,10 +96,7 @@ def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, mach
             _print(f"\n[{number}/{len(wanted)}] {stage}: {told.get(state.name, 'would run')}")
             for line in _lines(context, found):
                 _print(f"  {line}")
-    if as_json:
-        print(json.dumps(_as_json(context, plans), indent=2, ensure_ascii=False))
-    else:
-        _print(_in_all(context, plans))
+    return plans, context
 
 
 def _print(text: str) -> None:

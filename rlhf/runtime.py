@@ -313,6 +313,15 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def memory_now() -> float:
+    """MiB that this process has in memory; 0 where the system doesn't tell."""
+    try:
+        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return 0.0
+    return int(fields[1]) * resource.getpagesize() / 2**20
+
+
 class Meter:
     """Time, CPU time and memory of a stage's process, for its summary."""
 
@@ -320,6 +329,11 @@ class Meter:
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._wall = time.monotonic()
         self._earlier = {"seconds": 0.0, "cpu_seconds": 0.0}
+        self._libraries = 0.0  # MiB
+
+    def begin_work(self) -> None:
+        """Tells that all libraries are loaded and nothing else is: what the process has then is theirs."""
+        self._libraries = memory_now()
 
     def spent(self) -> dict[str, Any]:
         """When the stage began and what it took until now, earlier runs that were interrupted included."""
@@ -349,6 +363,7 @@ class Meter:
             "processes": processes,
             "threads": torch.get_num_threads(),
             "peak_memory_mib": round(memory, 1),
+            "libraries_memory_mib": round(self._libraries, 1),
         }
         if where.type == "cuda":
             found["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(where) / 2**20, 1)

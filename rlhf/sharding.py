@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from rlhf.checkpoint import Piece, rows_of
-from rlhf.errors import StageFailed
+from rlhf.errors import StageFailed, UserError
 from rlhf.runtime import Sharding, device, uses_bfloat16
 from rlhf.team import Team
 
@@ -195,7 +195,12 @@ class ShardedModels:
         self._dtype = torch.bfloat16 if bfloat16 else None
 
     def learning(self, model: Any) -> Held:
-        """See Holding. Each of a transformer's layers is gathered by itself, and with the whole what is left."""
+        """See Holding. Each of a transformer's layers is gathered by itself, and with the whole what is left.
+
+        Raises UserError for a base in 4 bits.
+        """
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            raise UserError("a base in 4 bits (`lora.quantised`) can't lie in pieces: leave that out, or FSDP")
         self._check_same(model)
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         for layer in layers_of(twin):

@@ -18,6 +18,7 @@ from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare
 from rlhf.errors import Interrupted, RlhfError, StageFailed, UserError
 from rlhf.job import Job
 from rlhf.launch import SHARED, threads_of
+from rlhf.quantisation import leave_out_unless_needed
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
 from rlhf.rundir import RunDir, no_room, write_atomically
 from rlhf.runtime import (
@@ -168,7 +169,9 @@ def run_rank(
 
 
 def _run_stage(job: Job) -> None:
+    leave_out_unless_needed(job.recipe, job.stage)
     module = importlib.import_module(f"stages.{job.stage}")
+    job.meter.begin_work()
     with quiet_libraries():
         seed_everything(derive_seed(job.recipe.seed, job.stage))
         results = module.run(job)

@@ -409,7 +409,10 @@ def train_on_random_tokens(shape: Shape, batch: int, steps: int, folder: Path) -
     job = Job(recipe, RunDir(folder), "pretrain")
     job.directory.path.mkdir()
     holding = WholeModels(accelerator)
-    Training(job, settings, model, packed, Plan(settings), batch, None, accelerator, holding, dict).run()
+    training = Training(
+        job, settings, model, packed, Plan(settings), batch, None, accelerator, holding, dict, compiled=True
+    )
+    training.run()
     return Trained(count_parameters(model), read_lines(job.directory.metrics))
 
 

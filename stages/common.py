@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.choices import loading_attention
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
 from rlhf.data.tokens import PackedTokens, pack
@@ -56,14 +57,15 @@ class Start(NamedTuple):
 
     name: str  # directory or hub id
     remote_code: bool  # whether Python code that comes with it may be run
+    attention: str | None  # the implementation; None: transformers' choice
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
         return load_tokenizer(self.name, remote_code=self.remote_code)
 
-    def causal_lm(self) -> PreTrainedModel:
-        """Its weights as a causal LM, in float32, on the CPU."""
-        return load_causal_lm(self.name, remote_code=self.remote_code)
+    def causal_lm(self, quantised: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+        """Its weights as a causal LM, in float32, on the CPU; or `quantised`, on the device, frozen."""
+        return load_causal_lm(self.name, remote_code=self.remote_code, attention=self.attention, quantised=quantised)
 
 
 def starting_model(recipe: Recipe, run: RunDir, stage: StageName) -> Start:
@@ -78,7 +80,7 @@ def starting_model(recipe: Recipe, run: RunDir, stage: StageName) -> Start:
 
 def named_model(recipe: Recipe, name: str) -> Start:
     """A model by its directory or hub id."""
-    return Start(name, runs_code(recipe, name))
+    return Start(name, runs_code(recipe, name), loading_attention(recipe))
 
 
 def runs_code(recipe: Recipe, model: str) -> bool:

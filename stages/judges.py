@@ -76,7 +76,8 @@ def _judge(
         model = lent
     else:
         stored = device.type == "cuda" and not ours
-        model = load_classifier(start.name, "auto" if stored else torch.float32, remote_code=start.remote_code)
+        dtype = "auto" if stored else torch.float32
+        model = load_classifier(start.name, dtype, remote_code=start.remote_code, attention=start.attention)
         model.requires_grad_(False).eval().to(device)
     heads = score_heads(model.config)
     many = f", {heads} heads" if heads > 1 else ""
@@ -97,7 +98,7 @@ def reward_start(recipe: Recipe, run: RunDir) -> Start:
     assert recipe.reward is not None
     origin = recipe.reward.from_ or recipe.reward.start
     code = runs_code(recipe, origin) if origin else starting_model(recipe, run, "ppo").remote_code
-    return Start(str(run.stage("reward").model), code)
+    return named_model(recipe, str(run.stage("reward").model))._replace(remote_code=code)
 
 
 def _misfit(start: Start, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: int) -> str:
@@ -137,7 +138,7 @@ def build_critic(
     if wanted == "policy" or (wanted is None and not judged):
         return critic_from_policy(policy.causal_lm())
     start = reward_start(recipe, run)
-    scorer = load_scorer(start.name, remote_code=start.remote_code)
+    scorer = load_scorer(start.name, remote_code=start.remote_code, attention=start.attention)
     misfit = _misfit(start, scorer, tokenizer, context)
     if not misfit and not isinstance(getattr(scorer, "score", None), nn.Linear):
         misfit = f"is a {type(scorer).__name__}, which has no score for every token"

@@ -18,10 +18,11 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -137,6 +138,29 @@ def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
+def learned_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of what was trained, on the CPU: adapters, rows of tokens, the score head of a classifier."""
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in found.items()}
+
+
+def give_weights(model: PeftModel, learned: dict[str, Tensor]) -> None:
+    """Gives a model with the same adapters on it what `learned_weights` gave.
+
+    So adapters that were trained on a quantised base come to stand on the whole one.
+    """
+    unknown = set_peft_model_state_dict(model, learned).unexpected_keys
+    if unknown or learned.keys() != learned_weights(model).keys():
+        raise UserError(f"{type(model).__name__}: not the adapters that were trained ({', '.join(unknown[:3])})")
+
+
+def trained_on(settings: LoraSection | None) -> str:
+    """What a model card says of a base that was quantised."""
+    if settings is None or settings.quantised is None:
+        return ""
+    return f" The adapters were trained on a base held in 4 bits ({settings.quantised}); merged, they stand on its own."
+
+
 def trained_parameters(model: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -158,6 +182,18 @@ def merged_in_place(model: PreTrainedModel, name: str) -> PreTrainedModel:
             parent, _, own = where.rpartition(".")
             setattr(model.get_submodule(parent), own, module.get_base_layer())
     return model.requires_grad_(True)
+
+
+def with_named_adapter(base: PreTrainedModel, other: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The base with the adapter of this name put into it that another model has, one of the same layers."""
+    weights = {
+        where: weight.detach().cpu() for where, weight in get_peft_model_state_dict(other, adapter_name=name).items()
+    }
+    config = copy.copy(other.peft_config[name])
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())  # a quantised layer has none
+    add_adapter(base, config, name)
+    set_peft_model_state_dict(base, weights, adapter_name=name)
+    return base
 
 
 def save_named_adapter(

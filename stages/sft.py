@@ -16,9 +16,10 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from rlhf.choices import choose, training_attention
 from rlhf.errors import DataError, MissingInput, StageFailed, UserError
 from rlhf.functional.intervals import proportion_estimate, ratio_estimate
 from rlhf.job import Job
@@ -32,6 +33,7 @@ from rlhf.model import (
     save_model,
     use_special_tokens,
 )
+from rlhf.quantisation import give_back_memory, put_where_it_fits, quantisation
 from rlhf.recipe import Recipe, SftSection, microbatches
 from rlhf.rollout import cut_at_stop
 from rlhf.runtime import derive_seed, log, visible
@@ -58,10 +60,18 @@ from stages.common import (
     starting_model,
     training_order,
 )
-from stages.lora import add_adapters, merged, save_adapter, trained_parameters
+from stages.lora import (
+    add_adapters,
+    give_weights,
+    learned_weights,
+    merged,
+    save_adapter,
+    trained_on,
+    trained_parameters,
+)
 from stages.packing import IGNORED, PackingCollator, check_isolation
 from stages.sft_trainer import LeanSFTTrainer
-from stages.trl_glue import Training, Validation, learning, run_trainer, trainer_arguments
+from stages.trl_glue import Training, Validation, adapters_as_they_are, learning, run_trainer, trainer_arguments
 
 SHOWN = 4000  # characters of the first dialogue
 
@@ -76,7 +86,8 @@ def run(job: Job) -> dict[str, Any]:
     if "evaluate" in recipe.stages:
         begin_id(tokenizer)  # what evaluation will need of the base, asked before anything is trained
     given = prepared(recipe, settings, start.name, tokenizer)
-    model = _model(recipe, start, tokenizer, given)
+    quantised = quantisation(recipe, "sft")
+    model = _model(recipe, start, tokenizer, given, quantised)
     check_context(model, "sft.max_tokens", settings.max_tokens)
     if settings.packing:
         check_isolation(model, "sft.packing")
@@ -91,13 +102,23 @@ def run(job: Job) -> dict[str, Any]:
     adapted: PreTrainedModel | PeftModel = model
     if settings.lora:
         adapted = add_adapters(model, settings.lora, "sft.lora", tokens=given.untrained)
+    choices = choose(recipe, "sft", model.config._attn_implementation)
     _announce(job, settings, adapted, tokenizer, given, train, validation)
 
-    training = _train(job, settings, adapted, tokenizer, train.chats, order, validation.chats)
-    facts = _facts(settings, adapted, train, validation, order, training)
+    with training_attention(model, choices):
+        training = _train(job, settings, adapted, tokenizer, train.chats, order, validation.chats)
+    facts = {**choices.facts(), **_facts(settings, adapted, train, validation, order, training)}
+    if quantised and settings.lora and isinstance(adapted, PeftModel):
+        learned = learned_weights(adapted)
+        del model, adapted
+        give_back_memory()  # before the whole base comes
+        model = put_where_it_fits(_model(recipe, start, tokenizer, given))
+        adapted = add_adapters(model, settings.lora, "sft.lora", tokens=given.untrained)
+        give_weights(adapted, learned)
+        facts |= _measured_on_the_whole(job.team, adapted, validation.chats)
     if isinstance(adapted, PeftModel):
         if job.team.is_main:
-            what = f"Low-rank adapters for {start.name}."
+            what = f"Low-rank adapters for {start.name}.{trained_on(settings.lora)}"
             card = model_card(f"{recipe.name}: chat model (SFT), adapter", what, facts, ADAPTER_LOADS)
             save_adapter(adapted, tokenizer, directory.path / "adapter", card)
         model = merged(adapted)
@@ -110,7 +131,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     card = model_card(
         f"{recipe.name}: chat model (SFT)",
-        "Fine-tuned on conversations, the loss on the assistant's turns only.",
+        f"Fine-tuned on conversations, the loss on the assistant's turns only.{trained_on(settings.lora)}",
         card_facts(summary, "parameters", "steps", "validation_nats_per_token", "responses_ended"),
     )
     if job.team.is_main:
@@ -155,9 +176,15 @@ def _template_file(path: Path) -> str:
         raise MissingInput(f"sft.chat_template: {path}, which is to be a Jinja file, can't be read: {error}") from None
 
 
-def _model(recipe: Recipe, start: Start, tokenizer: PreTrainedTokenizerBase, given: ChatTokens) -> PreTrainedModel:
+def _model(
+    recipe: Recipe,
+    start: Start,
+    tokenizer: PreTrainedTokenizerBase,
+    given: ChatTokens,
+    quantised: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     """The base with an embedding for every token; what is random of what follows is seeded."""
-    model = start.causal_lm()
+    model = start.causal_lm(quantised)
     check_vocabulary(model, start.tokenizer(), start.name)
     torch.manual_seed(derive_seed(recipe.seed, "sft", "weights"))
     resize_for(model, tokenizer, given.added)
@@ -320,13 +347,14 @@ def _train(
     figures = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
     collator = PackingCollator(settings.max_tokens, tokenizer.pad_token_id) if settings.packing else None
     held = learning(job, model)
-    trainer = LeanSFTTrainer(
-        model=held.learner,
-        args=arguments,
-        train_dataset=_dataset(train).select(order),
-        processing_class=tokenizer,
-        data_collator=collator,
-    )
+    with adapters_as_they_are(held.learner):
+        trainer = LeanSFTTrainer(
+            model=held.learner,
+            args=arguments,
+            train_dataset=_dataset(train).select(order),
+            processing_class=tokenizer,
+            data_collator=collator,
+        )
     measure = partial(validation_loss, job.team, model, validation)
     validating = Validation(measure, settings.validate_every, "validation_nats_per_token", settings.early_stopping)
     return run_trainer(trainer, model, held, job, settings.steps, figures, settings.log_every, validating)
@@ -372,6 +400,15 @@ def _facts(
 
 LOGITS = 2**25  # how many are held at a time
 VALIDATED_AT_ONCE = 64  # conversations
+
+
+def _measured_on_the_whole(team: Team, model: PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:
+    """The validation loss of what is saved: the adapters on the base as it was, which they weren't trained on."""
+    model.eval()
+    found = validation_loss(team, model, chats)
+    nats = found["validation_nats_per_token"]
+    log(f"sft: on the base's own weights, to which the adapters are added, validation nats per token are {nats:.4f}")
+    return {f"{name}_merged": value for name, value in found.items()}
 
 
 def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +93,22 @@ def trainer_arguments(
     }
 
 
+@contextmanager
+def adapters_as_they_are(model: Any) -> Iterator[None]:
+    """Within, a trainer of TRL's that is made for this model leaves what is trained on a quantised base in float32.
+
+    It would round all of it to bfloat16: adapters, rows of tokens and a score head. That is lost at small learning
+    rates, and on a CPU slow.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    flag = plain.__dict__.pop("is_loaded_in_4bit", None)
+    try:
+        yield
+    finally:
+        if flag is not None:
+            plain.is_loaded_in_4bit = flag
+
+
 # Validation
 
 
@@ -160,10 +176,8 @@ class Validator:
         """The figures after this step; `progress.stopped` says whether it is to be the last one."""
         started, training = time.monotonic(), self._model.training
         self._model.eval()
-        with (
-            torch.no_grad(),
-            self._held.gathered(),
-        ):  # not inference_mode: what modules cache in there can't be trained through later
+        # not inference_mode: what modules cache in there can't be trained through later
+        with torch.no_grad(), self._held.gathered():
             figures = self._validation.measure()
         self._model.train(training)
         if step == 0:

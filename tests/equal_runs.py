@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 # what depends on the machine, beside ..._seconds and ..._per_second
-MACHINE = {"time", "started", "seconds", "peak_memory_mib", "model_flops_utilisation"}
+MACHINE = {"time", "started", "seconds", "peak_memory_mib", "libraries_memory_mib", "model_flops_utilisation"}
 
 
 def differences(reference: Path, other: Path) -> list[str]:

@@ -113,6 +113,8 @@ def test_batches_that_do_not_divide_are_refused_before_the_first_stage(tmp_path:
     assert not list(tmp_path.iterdir())
     recipe = load_recipe(str(TINY_RECIPE))
     assert microbatches(recipe, "pretrain", 2) == (8, 1)
+    smaller = load_recipe(str(TINY_RECIPE), ["sft.microbatch_size=8", "sft.dialogues_per_step=4"])
+    assert microbatches(smaller, "sft", 2) == (2, 1)  # at most: nothing else has to be changed with a small step
     with pytest.raises(RecipeError, match="reward: pairs_per_step is 10, which is not a multiple of the 4 processes"):
         microbatches(recipe, "reward", 4)
 

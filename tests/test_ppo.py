@@ -439,7 +439,7 @@ def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     recipe: Any = SimpleNamespace(ppo=settings())
     nothing: Any = None  # it is refused before anything is loaded
     with pytest.raises(UserError, match="pad and end token must be different"):
-        build_roles(recipe, nothing, Start(str(tmp_path), False), tokenizer, torch.device("cpu"))
+        build_roles(recipe, nothing, Start(str(tmp_path), False, None), tokenizer, torch.device("cpu"))
 
 
 def test_learning_rates_fall_linearly_and_the_critic_learns_faster() -> None:

@@ -208,6 +208,46 @@ def test_a_comparison_of_each_shape(shape: Shape, row: dict[str, Any]) -> None:
     assert to_items(row, shape, "texts") == ["u\ngood\nbad"]
 
 
+HH = "\n\nHuman: Hot?\n\nAssistant: In summer?\n\nHuman: Yes.\n\nAnd winter?\n\nAssistant:"
+HH_PROMPT = [
+    {"role": "user", "content": "Hot?"},
+    {"role": "assistant", "content": "In summer?"},
+    {"role": "user", "content": "Yes.\n\nAnd winter?"},
+]
+
+
+def test_dialogues_of_hh_rlhf_are_read_as_people_read_them() -> None:
+    """Turns begin with a blank line and a name; a blank line, or a name elsewhere, begins none."""
+    row = {"chosen": f"{HH} Cold.\n\nHumans say Human: so", "rejected": f"{HH} Cold."}
+    better, worse = "Cold.\n\nHumans say Human: so", "Cold."
+    assert to_items(row, "hh", "comparisons") == [Comparison(HH_PROMPT, better, worse)]
+    assert to_items(row, "hh", "prompts") == [HH_PROMPT]
+    assert to_items(row, "hh", "conversations") == [[*HH_PROMPT, {"role": "assistant", "content": better}]]
+    said = "\n".join(message["content"] for message in HH_PROMPT)
+    assert to_items(row, "hh", "texts") == [f"{said}\n{better}\n{worse}"]
+    unanswered = {"chosen": HH.removesuffix("\n\nAssistant:")}
+    assert to_items(unanswered, "hh", "prompts") == [HH_PROMPT]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"prompt": "u", "completion": "a"}, "no `chosen`, which a row of `format: hh` has"),
+        ({"chosen": HH}, "has no `rejected`"),
+        ({"chosen": "good", "rejected": "bad"}, "`chosen` is not turns that begin with a blank line and Human: or"),
+        ({"chosen": f"{HH} a", "rejected": "\n\nHuman: Hot?"}, "`rejected` is not turns"),
+        ({"chosen": [USER], "rejected": "x"}, "`chosen` of the row must be text, not list"),
+        ({"chosen": f"{HH} a", "rejected": f"{HH} a"}, "chosen and rejected are equal"),
+        ({"chosen": f"{HH} a", "rejected": f"{HH} b\n\nHuman: c\n\nAssistant: d"}, "differ before their last"),
+        ({"chosen": f"\n\nHuman: x{HH} a", "rejected": f"\n\nHuman: x{HH} b"}, "must alternate"),
+    ],
+)
+def test_what_is_wrong_with_a_dialogue_of_hh_rlhf_is_said(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(Malformed) as caught:
+        to_items(row, "hh", "comparisons")
+    assert fault in str(caught.value)
+
+
 def test_a_ranking_may_have_any_shape() -> None:
     row = {"conversations": [human("u")], "responses": [gpt("bad"), gpt("good")], "scores": [1, 2]}
     assert to_items(row, "sharegpt", "comparisons") == [Comparison([USER], "good", "bad")]
@@ -416,6 +456,8 @@ def test_an_array_that_cannot_be_read_is_named(
         ("prompts", {"instruction": "u"}, "alpaca"),
         ("comparisons", {"instruction": "u", "chosen": "a", "rejected": "b"}, "alpaca"),
         ("comparisons", {"conversations": [human("u")], "chosen": gpt("a"), "rejected": gpt("b")}, "sharegpt"),
+        ("comparisons", {"chosen": f"{HH} a", "rejected": f"{HH} b"}, "hh"),
+        ("prompts", {"chosen": f"{HH} a", "rejected": f"{HH} b"}, "hh"),
     ],
 )
 def test_a_row_of_another_shape_names_the_format_that_would_read_it(

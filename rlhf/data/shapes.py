@@ -1,4 +1,4 @@
-"""The common shapes of rows besides TRL's, each turned into TRL's: Alpaca, ShareGPT and ChatML. Imports nothing heavy.
+"""The common shapes of rows besides TRL's, each turned into TRL's: Alpaca, ShareGPT, ChatML, HH. Imports nothing heavy.
 
     alpaca      instruction, input (optional), output; system and history ([[user, assistant], ...]) optional;
                 comparisons: instruction, input, chosen, rejected
@@ -7,12 +7,15 @@
     chatml      messages, conversations or conversation: [{role, content}, ...], or text with
                 <|im_start|>role\\n...<|im_end|>; system optional;
                 comparisons: that, and chosen, rejected ({role, content} or text)
+    hh          Anthropic/hh-rlhf: chosen, rejected: whole dialogues, each a text of turns that begin with
+                "\\n\\nHuman: " or "\\n\\nAssistant: "; as a conversation, the chosen one
 
 In each, a comparison may also be a ranking (`responses`), and a prompt is what stands before the last answer.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.data.rows import CONVERTERS, Kind, Malformed, messages_at, text_at
@@ -20,7 +23,7 @@ from rlhf.data.rows import CONVERTERS, Kind, Malformed, messages_at, text_at
 if TYPE_CHECKING:
     from rlhf.templates import Messages
 
-Shape = Literal["trl", "alpaca", "sharegpt", "chatml"]
+Shape = Literal["trl", "alpaca", "sharegpt", "chatml", "hh"]
 
 _SPEAKERS = {
     "system": "system",
@@ -58,7 +61,7 @@ def to_items(row: dict[str, Any], shape: Shape, kind: Kind) -> list[Any]:
 
 
 def _hint(row: dict[str, Any], kind: Kind) -> str:
-    others: tuple[Shape, ...] = ("alpaca", "sharegpt", "chatml")
+    others: tuple[Shape, ...] = ("alpaca", "sharegpt", "chatml", "hh")
     for shape in others:
         try:
             CONVERTERS[kind](to_trl(row, shape, kind))
@@ -72,6 +75,8 @@ def to_trl(row: dict[str, Any], shape: Shape, kind: Kind) -> dict[str, Any]:
     """The row in TRL's shape, as `kind` needs it. Raises Malformed where it hasn't the shape that it should have."""
     if shape == "trl":
         return row
+    if shape == "hh":
+        return _hh(row, kind)
     if kind == "texts":
         kind = "comparisons" if {"chosen", "responses"} & row.keys() else "conversations"
     turns = {"alpaca": _alpaca, "sharegpt": _sharegpt, "chatml": _chatml}[shape](row)
@@ -156,6 +161,31 @@ def _marked_up(text: str) -> Messages:
     if before.strip() or not turns or len(found) < len(turns):
         raise Malformed("`text` is not turns of <|im_start|>role, a line end, the content and <|im_end|>, and no more")
     return found
+
+
+_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def _hh(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """The row in TRL's shape; the prompt of a comparison is what both dialogues begin with."""
+    if row.get("chosen") is None:
+        raise Malformed("no `chosen`, which a row of `format: hh` has")
+    chosen = _dialogue(row, "chosen")
+    if kind == "conversations":
+        return {"messages": chosen}
+    if kind == "prompts":
+        return {"prompt": chosen[:-1] if chosen[-1]["role"] == "assistant" else chosen}
+    found: dict[str, Any] = {key: value for key, value in row.items() if key in _KEPT}
+    return {**found, "chosen": chosen, "rejected": _dialogue(row, "rejected")}
+
+
+def _dialogue(row: dict[str, Any], key: str) -> Messages:
+    """The turns of a text in which each begins with a blank line and Human: or Assistant:."""
+    before, *turns = _HH_TURN.split(text_at(row, key, "the row"))
+    if before.strip() or len(turns) < 4:
+        raise Malformed(f"`{key}` is not turns that begin with a blank line and Human: or Assistant:, at least two")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
 def _answer(value: Any, shape: Shape, key: str) -> Any:

@@ -189,7 +189,10 @@ def from_hub(
         try:
             found = datasets.load_dataset(name, subset, split=split, streaming=streaming)
         except Exception as error:  # the library raises many kinds: offline, not found, gated, broken
-            raise UserError(f"the hub's data set {name} can't be loaded: {error}") from None
+            raise UserError(
+                f"the hub's data set {name} can't be loaded: {error}\n(a folder of that name where you are, or `path:` "
+                "with files in its place, needs no network)"
+            ) from None
         for number, value in enumerate(found, 1):
             yield Row(Path(f"hub:{name}"), number, dict(value), "row")
 

@@ -41,12 +41,14 @@ class Source(Section):
 
     builtin: Literal["tinyworld"] | None = Field(None, description="data that the package makes itself")
     path: str | None = Field(None, description="file or glob below data.root: .jsonl .jsonl.gz .json .parquet .txt")
-    hub: str | None = Field(None, description="id of a data set on the Hugging Face hub")
-    split: str = Field("train", description="which split of the hub's data set")
+    hub: str | None = Field(
+        None, description="id of a data set on the Hugging Face hub, or a folder that holds one, which goes first"
+    )
+    split: str = Field("train", description="which split of the hub's data set, or part of it: train[5000:]")
     subset: str | None = Field(None, description="which configuration of the hub's data set")
     streaming: bool = Field(False, description="read the hub's data set row by row, without downloading it whole")
-    format: Literal["trl", "alpaca", "sharegpt", "chatml"] = Field(
-        "trl", description="the shape of the rows; the other three are converted to TRL's"
+    format: Literal["trl", "alpaca", "sharegpt", "chatml", "hh"] = Field(
+        "trl", description="the shape of the rows; the others are converted to TRL's"
     )
     rows: int | None = Field(None, ge=1, description="take this many rows (needed for builtin: it never ends)")
     weight: float = Field(

@@ -53,7 +53,7 @@ def microbatches(recipe: Recipe, stage: StageName, processes: int) -> tuple[int,
     if rows % processes:
         raise RecipeError(f"{stage}: {what} is {rows}, which is not a multiple of the {processes} processes")
     mine = rows // processes
-    size = section.microbatch_size or mine
+    size = min(section.microbatch_size or mine, mine)
     if mine % size:
         share = f"the share of each of {processes} processes in " if processes > 1 else ""
         raise RecipeError(f"{stage}.microbatch_size: {size} does not divide {mine}, {share}{what}")

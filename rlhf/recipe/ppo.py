@@ -202,6 +202,8 @@ class PpoSection(Section):
             names = {*titles, *(f"{title}_{figure}" for title in titles for figure in ("spread", "cut"))}
             if len(names) < 3 * len(titles):
                 raise ValueError(f"{key}: two parts have one name in metrics ({', '.join(titles)}); give them names")
+        if self.lora.quantised and self.layout != "adapters":
+            raise ValueError(f"lora.quantised: in layout {self.layout} all weights are trained; take layout: adapters")
         if self.keep.rule == "second_judge" and not self.second_judge:
             raise ValueError("keep.rule is second_judge, but there is no second_judge")
         return self

@@ -88,7 +88,11 @@ class PretrainSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="hold less, compute each layer twice", json_schema_extra=NO_RESULT
     )
-    compile: bool = Field(False, description="torch.compile: on a GPU a third faster or more, after minutes of work")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile: on a GPU a third faster or more, after minutes of work; on a CPU hardly any. auto: "
+        "on a GPU, where there is a C compiler",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices of the layers, AdamW for the rest; needs fewer steps"
     )

@@ -72,7 +72,7 @@ class RewardSection(Section):
     test: tuple[Source, ...] = Field((), description="comparisons from files to measure on")
     epochs: float = Field(1.0, gt=0, description="passes over the comparisons")
     pairs_per_step: int = Field(32, ge=1, description="comparisons of one optimiser step, over all processes")
-    microbatch_size: int | None = Field(None, ge=1, description="comparisons of one forward pass; default: all")
+    microbatch_size: int | None = Field(None, ge=1, description="comparisons of one forward pass at most; default: all")
     max_tokens: int = Field(512, ge=8, description="longest prompt with response in tokens")
     too_long: TooLong = Field(
         "drop", description="longer pairs are dropped, their prompts truncated at the start, or an error; counted"

@@ -25,7 +25,9 @@ class SftSection(Section):
     loss_on: Literal["all", "last"] = Field("all", description="learn every assistant turn, or the last one only")
     steps: int = Field(ge=1, description="optimiser steps, at most")
     dialogues_per_step: int = Field(ge=1, description="conversations of one optimiser step, over all processes")
-    microbatch_size: int | None = Field(None, ge=1, description="conversations of one forward pass; default: all")
+    microbatch_size: int | None = Field(
+        None, ge=1, description="conversations of one forward pass at most; default: all"
+    )
     packing: bool = Field(
         False, description="lay the conversations of a forward pass end to end, isolated, instead of padding them"
     )

@@ -40,6 +40,11 @@ class LoraSection(Section):
         min_length=1,
         description="modules that get an adapter, by the last part of their names; all-linear: all but the output head",
     )
+    quantised: Literal["nf4"] | None = Field(
+        None,
+        description="while the adapters are trained, the base's linear layers are held in 4 bits, head and embeddings "
+        "apart (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); needs bitsandbytes: pip install 'rlhf[quantised]'",
+    )
 
 
 class EarlyStoppingSection(Section):

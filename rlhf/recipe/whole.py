@@ -59,6 +59,11 @@ class Recipe(Section):
         description="of what is computed in training; weights are float32. auto: bfloat16 on a GPU that has it, "
         "float32 elsewhere (a CPU without hardware for bfloat16 is many times slower with it, and refused)",
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="how models attend. auto: sdpa, where the architecture has it; flash_attention_2: in the training "
+        "of sft and reward, on a GPU in bfloat16, with the package flash-attn; elsewhere sdpa, since our masks need it",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: all cores", json_schema_extra=NO_RESULT)
     checkpoints: CheckpointSection = Field(
         default=CheckpointSection(), description="what a killed run goes on from", json_schema_extra=NO_RESULT

@@ -62,9 +62,16 @@ def fault(engine: Engine, model: PreTrainedModel) -> str | None:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     with evaluating(model):
         off = max(_off(model, *pair) for pair in found)
-    if off <= TOLERANCE.get(model.dtype, COARSE_TOLERANCE):
+    if off <= tolerance_of(model):
         return None
     return f"its log-probabilities come out wrong, by {off:.2g} nats"
+
+
+def tolerance_of(model: PreTrainedModel) -> float:
+    """How far off log-probabilities may be, by what the model computes in; one in 4 bits has that in its settings."""
+    quantised = getattr(model.config, "quantization_config", None)
+    dtype = getattr(quantised, "bnb_4bit_compute_dtype", model.dtype)
+    return TOLERANCE.get(dtype, COARSE_TOLERANCE)
 
 
 @torch.no_grad()

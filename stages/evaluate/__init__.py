@@ -22,7 +22,7 @@ from evaluation.suite import Measured, Suite, add_overlap, compare, compare_text
 from rlhf.data.reader import Faults
 from rlhf.errors import UserError
 from rlhf.job import Job
-from rlhf.model import check_causal, check_vocabulary, count_parameters, load_causal_lm
+from rlhf.model import check_causal, check_vocabulary, count_parameters
 from rlhf.plugins import load_function
 from rlhf.recipe import EvaluateSection, Recipe, externals, upstream
 from rlhf.rundir import write_atomically, write_json
@@ -30,7 +30,7 @@ from rlhf.runtime import Bar, derive_seed, device, log, quiet_libraries, seed_ev
 from rlhf.saver import once
 from rlhf.team import Team
 from rlhf.tokenizer import Messages, load_tokenizer
-from stages.common import open_data, report_faults, runs_code
+from stages.common import named_model, open_data, report_faults, runs_code
 from stages.evaluate import answering, tables
 from stages.evaluate.answering import Answers
 from stages.evaluate.kept import Findings, details, read_findings, write_findings
@@ -121,7 +121,7 @@ def _evaluate(
     found: dict[str, Findings] = {}
     parameters = 0
     for name, directory in models.items():
-        model = load_causal_lm(directory, remote_code=runs_code(recipe, directory)).to(device()).eval()
+        model = named_model(recipe, directory).causal_lm().to(device()).eval()
         tokenizer = tokenizers[directory]
         check_vocabulary(model, tokenizer, directory)
         check_causal(model, directory)

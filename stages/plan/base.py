@@ -15,6 +15,7 @@ from rlhf.rundir import RunDir
 from rlhf.tokenizer import load_tokenizer, token_info
 from stages.common import named_model
 from stages.plan.machine import Machine, Work
+from stages.sft import prepared
 
 ROWS_READ = 5000  # of each source, to know how long rows are
 
@@ -50,21 +51,22 @@ class Memory(NamedTuple):
         return sum(self.roles.values())
 
 
-HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.18
-LIBRARIES, FIRST_USE = "the libraries' own", 120 * 2**20
+HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.22  # of all that was not read from a file
+LIBRARIES, FIRST_USE = "the libraries' own", 160 * 2**20
 
 
 def memory_of(footprint: Footprint, machine: Machine) -> Memory:
     """What a footprint means on a machine.
 
     On a CPU more comes on top, as was measured on models of 60 to 130 million parameters (scripts/bench_plan): what is
-    freed leaves holes that the next tensor doesn't fit, for 10 to 25 % of all tensors (glibc's posix_memalign needs
-    more than what was freed); and kernels, packed factors and what else is loaded at first use, some 120 MiB.
+    freed leaves holes that the next tensor doesn't fit (glibc's posix_memalign needs more than what was freed), about
+    a fifth of what is not read from files; and kernels, packed factors and what else is made at first use.
     """
     peak = footprint.peak()
     roles = {name: size for name, size in peak.roles.items() if size}
     if not machine.on_gpus:
-        roles |= {HOLES: round(HOLES_SHARE * peak.total), LIBRARIES: FIRST_USE}
+        made = sum(size for name, size in roles.items() if not name.endswith("weights"))
+        roles |= {HOLES: round(HOLES_SHARE * made), LIBRARIES: FIRST_USE}
     return Memory(peak.phase, roles)
 
 
@@ -94,9 +96,10 @@ class Context(NamedTuple):
             made = self.run.stage(name)
             if name in upstream(self.recipe, stage) and made.summary() is not None and made.model.is_dir():
                 return self.named(str(made.model))
-        if self.recipe.base is not None:
-            return self.named(self.recipe.base)
-        return self._new()
+        found = self.named(self.recipe.base) if self.recipe.base is not None else self._new()
+        if "sft" in upstream(self.recipe, stage) and self.recipe.sft and found.tokenizer is not None:
+            prepared(self.recipe, self.recipe.sft, found.name, found.tokenizer)
+        return found
 
     def named(self, name: str) -> Beginning:
         """A model by its directory or hub id. Raises MissingInput where nothing is known of it."""

@@ -37,7 +37,7 @@ def plan(context: Context) -> StagePlan:
         with footprint.role("weights"):
             model = passes.causal_lm(beginning.config)
         memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
-        size = settings.microbatch_size or rows_fitting(model, settings, mine, memory)
+        size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
         found.parameters = found.trained = count_parameters(model)
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
         _go_through(context, settings, beginning, schedule, size, model, footprint)

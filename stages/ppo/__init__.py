@@ -24,7 +24,7 @@ from rlhf.runtime import log
 from rlhf.saver import once
 from stages.common import card_facts
 from stages.gold import best_gold
-from stages.lora import save_named_adapter
+from stages.lora import save_named_adapter, trained_on
 from stages.ppo.course import best_of_n_points, write_course
 from stages.ppo.episodes import Prompt
 from stages.ppo.keep import rule_of
@@ -56,6 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     summary = {
         "parameters": count_parameters(policy),
         "parameters_trained": trained,
+        **stage.choices.facts(),
         "layout": s.layout,
         "updates": s.updates,
         "episodes": s.updates * s.episodes_per_update,
@@ -70,7 +71,8 @@ def run(job: Job) -> dict[str, Any]:
     }
     card = model_card(
         f"{job.recipe.name}: aligned chat model (PPO)",
-        f"Optimised with PPO against {' + '.join(judge.title for judge in s.judge)}, from the SFT model on.",
+        f"Optimised with PPO against {' + '.join(judge.title for judge in s.judge)}, from the SFT model on."
+        + (trained_on(s.lora) if s.layout == "adapters" else ""),
         card_facts(summary, "parameters", "updates", "score_before", "score_after", "kl", "gold_before", "gold_after"),
     )
     if job.team.is_main:
@@ -83,7 +85,8 @@ def _save_adapter(stage: Stage) -> None:
     job = stage.job
     card = model_card(
         f"{job.recipe.name}: aligned chat model (PPO), adapter",
-        f"Low-rank adapters for {stage.start.name}; ../model is that model with them merged.",
+        f"Low-rank adapters for {stage.start.name}; ../model is that model with them merged."
+        + trained_on(stage.settings.lora),
         {},
         ADAPTER_LOADS,
     )

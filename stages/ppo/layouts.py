@@ -1,6 +1,7 @@
 """Loading the roles in the layout that the recipe asks for."""
 
 import functools
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rlhf.errors import RecipeError, UserError
 from rlhf.judge import Judge, judge_models, score_means
 from rlhf.model import end_ids
+from rlhf.quantisation import quantisation
 from rlhf.recipe import Recipe
 from rlhf.rundir import RunDir
 from rlhf.runtime import derive_seed, log
@@ -43,13 +45,17 @@ def build_roles(
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
         raise UserError(f"{start.name}: pad and end token must be different tokens (pad {pad}, end {end})")
-    policy = start.causal_lm().to(device)
+    quantised = quantisation(recipe, "ppo")
+    policy = start.causal_lm(quantised)
+    if not quantised:
+        policy = policy.to(device)
     ends = end_ids(policy, tokenizer)
     context = context_of(policy)
     lent: PreTrainedModel | None = None
     drawn = (settings.sampling.temperature, ends, settings.sampling.min_tokens)
     if settings.layout == "adapters":
-        actors, reference, lent = _adapters(recipe, run, policy, drawn)
+        whole = start.causal_lm if quantised else None
+        actors, reference, lent = _adapters(recipe, run, policy, drawn, whole)
     else:
         reference = Reference(start.causal_lm().requires_grad_(False).eval().to(device))
         if settings.layout == "full":
@@ -68,11 +74,16 @@ def build_roles(
 
 
 def _adapters(
-    recipe: Recipe, run: RunDir, base: PreTrainedModel, drawn: tuple[float, list[int], int]
+    recipe: Recipe,
+    run: RunDir,
+    base: PreTrainedModel,
+    drawn: tuple[float, list[int], int],
+    whole: Callable[[], PreTrainedModel] | None,
 ) -> tuple[Actors, Reference, PreTrainedModel | None]:
     """Policy and critic as adapters on the base, which is frozen; and a reward model on it, if that is an adapter too.
 
-    The critic's adapter starts as the reward model's where there is one and the recipe doesn't say otherwise.
+    The critic's adapter starts as the reward model's where there is one and the recipe doesn't say otherwise. `whole`
+    loads the base as it was, where `base` is quantised.
     """
     settings = recipe.ppo
     assert settings is not None
@@ -89,7 +100,7 @@ def _adapters(
     add_adapter(base, scorer.config_of_adapter if scorer and follows else own, CRITIC)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(f".{POLICY}." in name or f".{CRITIC}." in name)
-    actors = AdapterActors(base, *drawn)
+    actors = AdapterActors(base, *drawn, whole=whole)
     if scorer and follows:
         _begin_as(actors, scorer)
     log(f"ppo: the critic is an adapter that starts {'as the reward model' if follows else 'from nothing'}")
@@ -110,6 +121,9 @@ def _reward_adapter(recipe: Recipe, run: RunDir, base: PreTrainedModel) -> LentS
     if reward is None or reward.lora is None or reward.from_ or reward.start or not folder.is_dir():
         log("ppo: the judge is a model of its own: no reward model was trained with `reward.lora` on the policy's base")
         return None
+    assert recipe.ppo is not None
+    if reward.lora.quantised != recipe.ppo.lora.quantised:
+        log("ppo: the reward model was trained beside other weights, since only one of the two bases is in 4 bits")
     saved = LoraConfig.from_pretrained(str(folder))
     if saved.trainable_token_indices:
         log("ppo: the judge is a model of its own: beside its adapters, tokens were trained that the base doesn't know")

@@ -10,7 +10,7 @@ that the activations and gradients of only one of them are held at a time; on on
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from rlhf.judge import Judge, judge_models
 from rlhf.likelihood import Hide, TokenReader
 from rlhf.model import Critic, last_gain
 from rlhf.sharding import Held, Holding, is_absent
-from stages.lora import merged_in_place, using_adapter
+from stages.lora import merged_in_place, using_adapter, with_named_adapter
 from stages.ppo.episodes import Trajectory
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"  # names of adapters
@@ -215,8 +215,17 @@ class SharedActors(Actors):
 class AdapterActors(Actors):
     """Two adapters on one frozen base; `base` is a causal LM in which adapters POLICY and CRITIC have been put."""
 
-    def __init__(self, base: PreTrainedModel, temperature: float, end_ids: list[int], least: int) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        temperature: float,
+        end_ids: list[int],
+        least: int,
+        whole: Callable[[], PreTrainedModel] | None = None,
+    ) -> None:
+        """`whole` loads the base's own weights, where it is quantised."""
         super().__init__(temperature, end_ids, least)
+        self._whole = whole
         self.policy, self.head = base, ValueHead(base)
         with using_adapter(base, None):
             self._reader = TokenReader(base)
@@ -239,8 +248,10 @@ class AdapterActors(Actors):
             yield self.policy
 
     def plain_policy(self) -> PreTrainedModel:
-        """See Actors."""
-        return merged_in_place(self.policy, POLICY)
+        """See Actors. Where the base is quantised, its own weights are loaded for it, on the CPU."""
+        if self._whole is None:
+            return merged_in_place(self.policy, POLICY)
+        return merged_in_place(with_named_adapter(self._whole(), self.policy, POLICY), POLICY)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """See Actors."""

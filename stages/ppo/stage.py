@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from rlhf.checkpoint import load_tree
+from rlhf.choices import choose
 from rlhf.errors import DataError, StageFailed
 from rlhf.job import Job
 from rlhf.model import end_ids
@@ -41,6 +42,7 @@ class Stage:
         tokenizer = start.tokenizer()
         self.roles = build_roles(recipe, job.run, start, tokenizer, accelerator.device)
         policy = self.roles.actors.policy
+        self.choices = choose(recipe, "ppo", policy.config._attn_implementation)
         self.vocabulary = Vocabulary(tokenizer, end_ids(policy, tokenizer), s.sampling.stop)
         prompts, validation = self._prompts()
         self.test_prompts = read_prompts(recipe, s, tokenizer, policy, "test_prompts")

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.choices import Choices, choose, loading_attention
 from rlhf.data.prepare.inputs import REPLAYED
 from rlhf.data.tokens import PackStats, ReplayedTokens, Rows
-from rlhf.errors import StageFailed, UserError
+from rlhf.errors import StageFailed
 from rlhf.job import Job
 from rlhf.model import (
     accelerator_bytes,
@@ -29,7 +30,7 @@ from rlhf.model import (
 from rlhf.products import use_onednn
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import derive_seed, log, make_accelerator
-from rlhf.sharding import ShardedModels, WholeModels, sharded_models
+from rlhf.sharding import WholeModels, sharded_models
 from rlhf.tokenizer import begin_id, load_tokenizer, token_info
 from stages.common import card_facts, check_context, context_of, named_model
 from stages.corpus import Corpus, training_corpus
@@ -56,7 +57,10 @@ def run(job: Job) -> dict[str, Any]:
     model.to(accelerator.device)
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
     memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
-    size = settings.microbatch_size or rows_fitting(model, settings, mine, memory)
+    size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
+    sharded = sharded_models(job.team, job.sharding, recipe.precision)
+    holding = sharded or WholeModels(accelerator)
+    choices = choose(recipe, "pretrain", model.config._attn_implementation, in_pieces=sharded is not None)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -68,12 +72,13 @@ def run(job: Job) -> dict[str, Any]:
         return {**found.figures(), **found.lines()}
 
     begin = begin_id(tokenizer) if settings.isolate_documents else None
-    holding = _holding(job, settings) or WholeModels(accelerator)
-    outcome = Training(job, settings, model, texts.rows, plan, size, begin, accelerator, holding, on_the_way).run()
+    outcome = Training(
+        job, settings, model, texts.rows, plan, size, begin, accelerator, holding, on_the_way, compiled=choices.compiled
+    ).run()
     after = measure()
     _tell(after, before)
     _warn_of_divergence(model, after)
-    summary = _summary(model, plan, texts, outcome, after, before)
+    summary = _summary(model, choices, plan, texts, outcome, after, before)
     if job.team.is_main:
         what = "trained from random weights" if recipe.base is None else f"trained further from {recipe.base}"
         card = model_card(
@@ -123,17 +128,8 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             special=token_info(tokenizer),
         ),
         m.initialisation,
+        loading_attention(recipe),
     )
-
-
-def _holding(job: Job, settings: PretrainSection) -> ShardedModels | None:
-    """The way to hold the model in pieces, where a launcher has asked for it."""
-    sharded = sharded_models(job.team, job.sharding, job.recipe.precision)
-    if sharded and settings.compile:
-        raise UserError(
-            "pretrain.compile: not under FSDP: take it off, or a launch file with distributed_type: MULTI_GPU"
-        )
-    return sharded
 
 
 class _Texts(NamedTuple):
@@ -228,11 +224,18 @@ def _warn_of_divergence(model: PreTrainedModel, after: Measured) -> None:
 
 
 def _summary(
-    model: PreTrainedModel, plan: Plan, texts: _Texts, outcome: Outcome, after: Measured, before: Measured | None
+    model: PreTrainedModel,
+    choices: Choices,
+    plan: Plan,
+    texts: _Texts,
+    outcome: Outcome,
+    after: Measured,
+    before: Measured | None,
 ) -> dict[str, Any]:
     speed, corpus = plan.tokens / outcome.seconds, texts.corpus
     summary = {
         "parameters": count_parameters(model),
+        **choices.facts(),
         "steps": plan.steps,
         "tokens": plan.tokens,
         "tokens_per_second": round(speed, 1),

@@ -56,6 +56,8 @@ class Training:
         accelerator: Accelerator,
         holding: Holding,
         validate: Callable[[], dict[str, Any]],
+        *,
+        compiled: bool,
     ) -> None:
         """`microbatch`: rows of a forward pass; `begin`: the id before which no token sees, None for rows as a whole.
 
@@ -65,7 +67,7 @@ class Training:
         self.microbatch, self.begin, self.accelerator, self.validate = microbatch, begin, accelerator, validate
         self.work = flops_per_token(model, settings.sequence_length)
         loss = TokenLoss(model, settings.z_loss)
-        if settings.compile:
+        if compiled:
             loss.compile()
         self.held = holding.learning(loss)
         self.learner: TokenLoss = self.held.learner

@@ -14,15 +14,16 @@ from rlhf.data.rows import Comparison
 from rlhf.errors import DataError
 from rlhf.job import Job
 from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
+from rlhf.quantisation import give_back_memory, put_where_it_fits, quantisation
 from rlhf.recipe import RewardSection
 from rlhf.runtime import log
 from stages.common import card_facts, open_data, report_faults, starting_model
-from stages.lora import merged, save_adapter
+from stages.lora import learned_weights, merged, save_adapter, trained_on
 from stages.reward.collect import Collected, Split, collect_comparisons
 from stages.reward.measure import held_out, measure_judge
 from stages.reward.normalise import normalise_score, reference_rows, reference_way
 from stages.reward.reading import Judge, Pair, Reading, chat_tokenizer, open_judge
-from stages.reward.train import Trained, train_judge
+from stages.reward.train import Trained, on_the_whole_base, train_judge
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -31,7 +32,9 @@ def run(job: Job) -> dict[str, Any]:
     assert settings is not None
     reference_way(job.recipe)  # asked before anything is drawn or trained
     reference = starting_model(job.recipe, job.run, "reward")
-    judge = open_judge(job, settings, reference, chat_tokenizer(reference))
+    shared = chat_tokenizer(reference)
+    quantised = quantisation(job.recipe, "reward")
+    judge = open_judge(job, settings, reference, shared, quantised)
     reading = Reading(judge, settings)
     splits: tuple[Split, ...] = ("test",) if settings.from_ else ("train", "test")
     collected = collect_comparisons(job, settings.collect, reference, splits) if settings.collect else {}
@@ -45,6 +48,12 @@ def run(job: Job) -> dict[str, Any]:
     trained = Trained(judge.model, {"pairs_train": 0})
     if not settings.from_:
         trained = train_judge(job, settings, judge, train_pairs, test_pairs)
+    if quantised and isinstance(trained.model, PeftModel):
+        learned, figures = learned_weights(trained.model), trained.figures
+        del judge, trained
+        give_back_memory()  # before the whole base comes
+        judge = open_judge(job, settings, reference, shared, put=put_where_it_fits)
+        trained = Trained(on_the_whole_base(job, settings, judge, learned), figures)
     normalised = normalise_score(job.team, trained.model, rows)
     model = _merged(job, judge, trained.model)
     summary: dict[str, Any] = {"parameters": count_parameters(model)}
@@ -123,7 +132,8 @@ def _merged(job: Job, judge: Judge, model: PreTrainedModel | PeftModel) -> PreTr
     if job.team.is_main:
         card = model_card(
             f"{job.recipe.name}: reward model (adapter)",
-            "Low-rank adapters and the score head. Subtract `score_mean` of ../model/config.json from the output.",
+            "Low-rank adapters and the score head. Subtract `score_mean` of ../model/config.json from the output."
+            + trained_on(job.recipe.reward.lora if job.recipe.reward else None),
             {},
             ADAPTER_LOADS,
         )
@@ -152,11 +162,12 @@ def _say(summary: dict[str, Any]) -> None:
 
 
 def _card(job: Job, summary: dict[str, Any]) -> str:
+    lora = job.recipe.reward.lora if job.recipe.reward and not job.recipe.reward.from_ else None
     figures = ("accuracy", "length_baseline_accuracy", "gold_accuracy", "calibration_error", "temperature")
     return model_card(
         f"{job.recipe.name}: reward model",
         "Scores a conversation at its last token. Subtract `score_mean` of config.json from the output (of an "
         "ensemble: each head's from its own output; the score is the mean). sigmoid(difference of two scores / "
-        "temperature) is the probability that the first response is the better one.",
+        "temperature) is the probability that the first response is the better one." + trained_on(lora),
         card_facts(summary, "parameters", "pairs_train", *figures),
     )

@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Comparison
 from rlhf.errors import DataError, UserError
@@ -41,16 +41,31 @@ def chat_tokenizer(reference: Start) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def open_judge(job: Job, settings: RewardSection, reference: Start, shared: PreTrainedTokenizerBase) -> Judge:
+def open_judge(
+    job: Job,
+    settings: RewardSection,
+    reference: Start,
+    shared: PreTrainedTokenizerBase,
+    quantised: BitsAndBytesConfig | None = None,
+    put: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model.to(device()),
+) -> Judge:
     """The judge that the recipe takes (`from`), or what one is trained from; `shared` is the reference's tokenizer.
 
     What is trained gets a chat template if it has none, and a pad token that isn't the end token: at a pad, no score is
-    read. An existing judge is read as it was trained; one without chat template is refused.
+    read. An existing judge is read as it was trained; one without chat template is refused. `put` puts its model on a
+    device.
     """
     start = named_model(job.recipe, settings.from_ or settings.start or reference.name)
     tokenizer = start.tokenizer()
     torch.manual_seed(derive_seed(job.recipe.seed, "reward", "head"))
-    model = load_scorer(start.name, fresh_head=not settings.from_, heads=settings.heads, remote_code=start.remote_code)
+    model = load_scorer(
+        start.name,
+        fresh_head=not settings.from_,
+        heads=settings.heads,
+        remote_code=start.remote_code,
+        attention=start.attention,
+        quantised=quantised,
+    )
     check_vocabulary(model, tokenizer, start.name)
     same = tokenizer.get_vocab() == shared.get_vocab() and tokenizer.chat_template == shared.chat_template
     untrained: list[int] = []
@@ -66,7 +81,7 @@ def open_judge(job: Job, settings: RewardSection, reference: Start, shared: PreT
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
     was_classifier = any("SequenceClassification" in kind for kind in model.config.architectures or [])
-    return Judge(model.to(device()), tokenizer, same, not was_classifier, untrained)
+    return Judge(put(model), tokenizer, same, not was_classifier, untrained)
 
 
 class Pair(NamedTuple):

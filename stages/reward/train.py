@@ -17,16 +17,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import RewardConfig, RewardTrainer
 
+from rlhf.choices import choose, training_attention
 from rlhf.functional.bradley_terry import bootstrap_weights, pair_losses, preference_loss
 from rlhf.job import Job
 from rlhf.model import count_parameters, disable_dropout, last_norm, scale_last_norm
 from rlhf.recipe import RewardSection, microbatches
 from rlhf.runtime import derive_seed, log
 from stages.common import BUCKET
-from stages.lora import add_adapters, trained_parameters
+from stages.lora import add_adapters, give_weights, trained_parameters
 from stages.reward.normalise import score_layer, score_rows
 from stages.reward.reading import Ids, Judge, Pair, evenly
-from stages.trl_glue import PiecesTrainer, Validation, learning, run_trainer, trainer_arguments
+from stages.trl_glue import (
+    PiecesTrainer,
+    Validation,
+    adapters_as_they_are,
+    learning,
+    run_trainer,
+    trainer_arguments,
+)
 
 VALIDATION_PAIRS = 256
 FIGURES = {
@@ -49,6 +57,7 @@ def train_judge(job: Job, settings: RewardSection, judge: Judge, pairs: list[Pai
     """Trains the judge's model, in place, on the pairs; `test` is only looked at."""
     seed = job.recipe.seed
     model, restore = _ready(job, settings, judge)
+    choices = choose(job.recipe, "reward", judge.model.config._attn_implementation)
     size, passes = microbatches(job.recipe, "reward", job.team.size)
     wanted = max(1, round(settings.epochs * len(pairs)))
     steps = -(-wanted // settings.pairs_per_step)
@@ -66,24 +75,27 @@ def train_judge(job: Job, settings: RewardSection, judge: Judge, pairs: list[Pai
         seed=derive_seed(seed, "reward", "bootstrap"),
         pad_id=judge.tokenizer.pad_token_id,
     )
-    held = learning(job, model)
-    trainer = PairTrainer(
-        label_smoothing=settings.label_smoothing,
-        centering=settings.centering,
-        model=held.learner,
-        args=_arguments(job, settings, steps, size, passes),
-        train_dataset=batches.dataset(pair_order(pairs, settings.pairs_per_step, steps, seed)),
-        data_collator=batches,
-        processing_class=judge.tokenizer,
-    )
     validation = Validation(_validation(job, model, test), settings.validate_every, "validation_loss")
-    training = run_trainer(trainer, model, held, job, steps, FIGURES, settings.log_every, validation)
+    with training_attention(judge.model, choices):
+        held = learning(job, model)
+        with adapters_as_they_are(held.learner):
+            trainer = PairTrainer(
+                label_smoothing=settings.label_smoothing,
+                centering=settings.centering,
+                model=held.learner,
+                args=_arguments(job, settings, steps, size, passes),
+                train_dataset=batches.dataset(pair_order(pairs, settings.pairs_per_step, steps, seed)),
+                data_collator=batches,
+                processing_class=judge.tokenizer,
+            )
+        training = run_trainer(trainer, model, held, job, steps, FIGURES, settings.log_every, validation)
     model.eval()
     disable_dropout(model)
     restore()
     return Trained(
         model,
         {
+            **choices.facts(),
             "steps": steps,
             "pairs_train": len(pairs),
             "pairs_per_second": round(steps * settings.pairs_per_step / training.seconds, 1),
@@ -117,6 +129,16 @@ def _ready(job: Job, settings: RewardSection, judge: Judge) -> tuple[PreTrainedM
                 parameter.copy_(value)
 
     return adapted, restore
+
+
+def on_the_whole_base(job: Job, settings: RewardSection, judge: Judge, learned: dict[str, Tensor]) -> PeftModel:
+    """What was learned on a quantised base, on the judge's model, which is whole."""
+    assert settings.lora is not None
+    torch.manual_seed(derive_seed(job.recipe.seed, "reward", "adapters"))
+    adapted = add_adapters(judge.model, settings.lora, "reward.lora", kind="classifier", tokens=judge.untrained)
+    give_weights(adapted, learned)
+    disable_dropout(adapted)
+    return adapted.eval()
 
 
 def _arguments(job: Job, settings: RewardSection, steps: int, size: int, passes: int) -> RewardConfig:
