@@ -11,7 +11,7 @@ A checkpoint holds pieces (rlhf.checkpoint.Piece), which another number of proce
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -62,7 +62,7 @@ class Holding(Protocol):
         """Within, gradients need not cross the processes yet: more passes come before the optimiser's step."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Within, gathered models compute as the learners do."""
+        """Within, models that are gathered there compute as the learners do; elsewhere in their own dtype."""
 
 
 @contextmanager
@@ -132,10 +132,12 @@ class WholeModels:
 class ShardedModel:
     """A model whose weights lie in pieces, each of which one process holds."""
 
-    def __init__(self, model: Any, learner: Any, pieces: dict[str, Any], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: Any, learner: Any, pieces: dict[str, Any], dtype: Callable[[], torch.dtype | None]
+    ) -> None:
         """`pieces`: of each parameter, as a DTensor, by all names that it has in the model, which loses its weights.
 
-        `dtype`: of floating-point weights while they are gathered; None: their own.
+        `dtype` says what they are gathered in; None: their own.
         """
         self.learner, self._dtype = learner, dtype
         self._places = [
@@ -149,7 +151,7 @@ class ShardedModel:
     def gathered(self) -> Iterator[None]:
         """See Held."""
         if self._uses == 0:
-            self._fill(self._dtype)
+            self._fill(self._dtype())
         self._uses += 1
         try:
             yield
@@ -192,7 +194,8 @@ class ShardedModels:
         self.share = (team.rank, team.size)
         self._team, self._sharding = team, sharding
         self._mesh = init_device_mesh(where.type, (team.size,))
-        self._dtype = torch.bfloat16 if bfloat16 else None
+        self._dtype = torch.bfloat16 if bfloat16 else None  # that learners compute in
+        self._gathering: torch.dtype | None = None  # that weights are gathered in now
 
     def learning(self, model: Any) -> Held:
         """See Holding. Each of a transformer's layers is gathered by itself, and with the whole what is left.
@@ -206,7 +209,7 @@ class ShardedModels:
         for layer in layers_of(twin):
             self._shard(layer, self._sharding.reshard_after_forward)
         self._shard(twin, again=False)
-        return ShardedModel(model, twin, dict(twin.named_parameters(remove_duplicate=False)), self._dtype)
+        return ShardedModel(model, twin, dict(twin.named_parameters(remove_duplicate=False)), self._now)
 
     def _shard(self, module: nn.Module, again: bool) -> None:
         """`again`: its weights are gathered a second time for the backward pass."""
@@ -229,7 +232,7 @@ class ShardedModels:
                 if id(parameter) not in cut:
                     cut[id(parameter)] = _in_pieces(parameter.detach(), self._mesh, *self.share)
                 pieces[name] = cut[id(parameter)]
-        return ShardedModel(model, None, pieces, self._dtype)
+        return ShardedModel(model, None, pieces, self._now)
 
     def _check_same(self, model: nn.Module) -> None:
         self._team.check_same("the weights before they are cut into pieces", fingerprint(model.parameters()))
@@ -242,9 +245,17 @@ class ShardedModels:
         """See Holding. Each pass's gradients are cut at once, or their whole would have to be held."""
         return nullcontext()
 
-    def computing(self) -> AbstractContextManager[None]:
-        """See Holding: gathered weights have the learners' dtype already."""
-        return nullcontext()
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """See Holding: within, weights are gathered in what the learners compute in."""
+        before, self._gathering = self._gathering, self._dtype
+        try:
+            yield
+        finally:
+            self._gathering = before
+
+    def _now(self) -> torch.dtype | None:
+        return self._gathering
 
 
 def sharded_models(team: Team, sharding: Sharding | None, precision: str) -> ShardedModels | None:

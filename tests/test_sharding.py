@@ -78,6 +78,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rlhf.runtime import Sharding
 from rlhf.sharding import ABSENT, ShardedModels, gathered, is_absent, pieces, put, weights_of, whole
 from rlhf.team import join_team
+from rlhf.worker import leave
 
 team = join_team()
 holding = ShardedModels(team, Sharding(), bfloat16=False)
@@ -128,10 +129,14 @@ for config, kind in zip(models, (LlamaForCausalLM, GPT2LMHeadModel)):
     assert is_absent(frozen)
     with rests.gathered():
         assert torch.equal(frozen(ids).logits, wanted)
-    half = ShardedModels(team, Sharding(), bfloat16=True).learning(plain)
-    assert half.learner(ids).logits.dtype == torch.bfloat16
+    rounding = ShardedModels(team, Sharding(), bfloat16=True)
+    half = rounding.learning(plain)
+    logits = half.learner(ids).logits
+    assert logits.dtype == torch.bfloat16
+    with rounding.computing(), half.gathered(), torch.no_grad():
+        assert torch.equal(plain(ids).logits, logits)
     with half.gathered():
-        assert plain.dtype == torch.bfloat16
+        assert plain.dtype == torch.float32  # measured in what is saved
     half.settle()
     assert plain.dtype == torch.float32  # what is saved is not rounded
 torch.manual_seed(team.rank)
@@ -139,7 +144,8 @@ try:
     holding.learning(nn.Linear(2, 2))
 except Exception as error:
     print(error)
-team.leave()
+team.wait()
+leave(0)  # as a stage's process does
 """
 
 
