@@ -213,13 +213,14 @@ class ShardedModels:
 
     def _shard(self, module: nn.Module, again: bool) -> None:
         """`again`: its weights are gathered a second time for the backward pass."""
+        offload = CPUOffloadPolicy(pin_memory=self._mesh.device_type == "cuda")
         fully_shard(
             module,
             mesh=self._mesh,
             reshard_after_forward=again,
             # activations get the dtype of the weights by themselves; other inputs, such as rewards, must keep theirs
             mp_policy=MixedPrecisionPolicy(self._dtype, torch.float32 if self._dtype else None, None, False),
-            offload_policy=CPUOffloadPolicy() if self._sharding.offload else OffloadPolicy(),
+            offload_policy=offload if self._sharding.offload else OffloadPolicy(),
         )
 
     def resting(self, model: Any) -> Held:

@@ -249,6 +249,10 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
     def _share(self) -> tuple[int, int]:
         return (self.args.process_index, self.args.world_size) if is_sharded(self.model) else (0, 1)
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # pieces lie where they are to lie
+            super()._move_model_to_device(model, device)
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return whole(super()._clip_grad_norm(model))
 
