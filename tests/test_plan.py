@@ -168,6 +168,17 @@ def test_ppo_holds_what_its_layout_holds() -> None:
     assert sum(found["adapters"].values()) < sum(found["shared"].values()) < 0.7 * sum(found["full"].values())
 
 
+def test_a_base_in_four_bits_takes_an_eighth() -> None:
+    """Of the linear layers; embeddings, norms and the activations stay."""
+    plain, packed = (
+        plan_stage(context("model.width=256", f"sft.lora={{rank: 4, quantised: {kind}}}"), "sft").memory
+        for kind in ("null", "nf4")
+    )
+    assert plain is not None and packed is not None
+    layers = 2 * (4 * 256**2 + 3 * 256 * 672)
+    assert plain.roles["weights"] - packed.roles["weights"] == pytest.approx(layers * (4 - 0.5 - 1 / 64), rel=0.01)
+
+
 def test_work_by_hand() -> None:
     """6 operations a parameter and token, and attention's; on two GPUs half as long."""
     plan = plan_stage(context(), "pretrain")
