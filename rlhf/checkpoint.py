@@ -5,25 +5,30 @@
         checkpoint.json      written last: the step, small facts, size and SHA-256 of every other file
         NAME.json            the shape of a tree of state; its tensors are in
         NAME.safetensors     tensors alone, no code
+        NAME.R-of-N.safetensors  of tensors that N processes hold in pieces, those of process R
       step-400.partial/      being written, or left by a crash: never read, removed by the next one
 
 A checkpoint is written under a temporary name; its files are flushed to the disk, their checksums added, and the
 folder renamed, which is atomic. A checkpoint that doesn't match its checksums is reported and passed over.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -164,18 +169,55 @@ def _flush(file: Path) -> None:
 # Trees of state: dictionaries and lists of tensors and plain values, as state_dict() gives
 
 
-def save_tree(tree: Any, folder: Path, name: str) -> None:
-    """Writes a tree as NAME.safetensors and NAME.json. Tensors that share their memory are written once."""
-    tensors: dict[str, Tensor] = {}
-    places: dict[tuple[Any, ...], str] = {}
+@dataclass(frozen=True)
+class Piece:
+    """What one process holds of a tensor that all of them hold together, cut along its first dimension.
+
+    Each has as many rows, but for the last ones, which have what is left: `rows_of` says which.
+    """
+
+    local: Tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    rank: int
+    size: int  # processes
+
+
+def rows_of(rows: int, rank: int, size: int) -> range:
+    """Which of so many rows a process holds; the same as torch.chunk."""
+    each = -(-rows // size)
+    return range(min(rank * each, rows), min((rank + 1) * each, rows))
+
+
+def save_pieces(tree: Any, folder: Path, name: str) -> None:
+    """Writes this process's pieces of a tree; every process does, beside the first one's `save_tree`."""
+    pieces = list(_pieces_in(tree))
+    if pieces:
+        alone = _owning()
+        tensors = {str(number): alone(piece.local.detach()) for number, piece in enumerate(pieces)}
+        save_file(tensors, folder / _pieces_file(name, pieces[0].rank, pieces[0].size))
+
+
+def _pieces_file(name: str, rank: int, size: int) -> str:
+    return f"{name}.{rank}-of-{size}.safetensors"
+
+
+def _pieces_in(tree: Any) -> Iterator[Piece]:
+    if isinstance(tree, Piece):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for inner in tree.values() if isinstance(tree, dict) else tree:
+            yield from _pieces_in(inner)
+
+
+def _owning() -> Callable[[Tensor], Tensor]:
+    """Makes each tensor the one owner of its memory, as safetensors wants it; copies only what shares that.
+
+    Weights that were read from a file are parts of the file's memory, and are written from there.
+    """
     storages: set[int] = set()
     parts: list[tuple[int, int]] = []  # of larger memories, from where to where
 
     def alone(whole: Tensor) -> Tensor:
-        """The tensor as the one owner of its memory, as safetensors wants it; copied only where it shares that.
-
-        Weights that were read from a file are parts of the file's memory, and are written from there.
-        """
         found = whole.cpu().contiguous()
         storage = found.untyped_storage()
         if storage.nbytes() == found.numel() * found.element_size() and storage.data_ptr() not in storages:
@@ -188,7 +230,22 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
             return bytes_.view(found.dtype).view(found.shape)
         return found.clone()
 
+    return alone
+
+
+def save_tree(tree: Any, folder: Path, name: str) -> None:
+    """Writes a tree as NAME.safetensors and NAME.json. Tensors that share their memory are written once.
+
+    Of pieces it notes their places alone; see `save_pieces`.
+    """
+    tensors: dict[str, Tensor] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    alone = _owning()
+    pieces = itertools.count()
+
     def packed(value: Any) -> Any:
+        if isinstance(value, Piece):
+            return {"piece": [str(next(pieces)), list(value.shape), value.size]}
         if isinstance(value, Tensor):
             whole = value.detach()
             identity = _identity(whole)
@@ -211,14 +268,25 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(shape), encoding="utf-8")
 
 
-def load_tree(folder: Path, name: str) -> Any:
-    """The tree that `save_tree` wrote, its tensors on the CPU."""
+def load_tree(folder: Path, name: str, share: tuple[int, int] = (0, 1)) -> Any:
+    """The tree that `save_tree` wrote, its tensors on the CPU.
+
+    Pieces are put together anew, by however many processes they were written: as those of process `share[0]` of
+    `share[1]`, and whole where there is one.
+    """
     tensors = load_file(folder / f"{name}.safetensors")
+    rank, size = share
+
+    def piece(key: str, shape: list[int], writers: int) -> Piece | Tensor:
+        local = _rows(folder, name, key, writers, shape[0], rows_of(shape[0], rank, size))
+        return local if size == 1 else Piece(local, tuple(shape), rank, size)
 
     def unpacked(node: dict[str, Any]) -> Any:
         ((kind, value),) = node.items()
         if kind == "tensor":
             return tensors[value]
+        if kind == "piece":
+            return piece(*value)
         if kind == "map":
             return {unpacked(key): unpacked(inner) for key, inner in value}
         if kind == "tuple":
@@ -230,11 +298,25 @@ def load_tree(folder: Path, name: str) -> Any:
     return unpacked(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
 
 
+def _rows(folder: Path, name: str, key: str, writers: int, rows: int, wanted: range) -> Tensor:
+    """These rows of a tensor of so many that lies in pieces, read from the files that hold some of them."""
+    found = []
+    for writer in range(writers):
+        theirs = rows_of(rows, writer, writers)
+        start, stop = max(theirs.start, wanted.start), min(theirs.stop, wanted.stop)
+        if start < stop or (writer == 0 and not wanted):  # of no rows as well: its dtype, and the other dimensions
+            with safe_open(folder / _pieces_file(name, writer, writers), "pt") as file:
+                found.append(file.get_slice(key)[start - theirs.start : max(start, stop) - theirs.start])
+    return torch.cat(found)
+
+
 def copy_tree(tree: Any) -> Any:
     """The same tree with tensors of its own, on the CPU; what was one tensor twice, as tied weights are, stays one."""
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copied(value: Any) -> Any:
+        if isinstance(value, Piece):
+            return dataclasses.replace(value, local=copied(value.local))
         if isinstance(value, Tensor):
             identity = _identity(value)
             if value.numel() == 0 or identity not in copies:

@@ -53,15 +53,16 @@ class Choices(NamedTuple):
         return {**found, "quantised": self.quantised} if self.quantised else found
 
 
-def choose(recipe: Recipe, stage: StageName, attention: str) -> Choices:
+def choose(recipe: Recipe, stage: StageName, attention: str, *, in_pieces: bool = False) -> Choices:
     """What the stage computes in, by recipe and device; says it. `attention` is what the loaded model has.
 
+    `in_pieces`: the processes hold the model in pieces (FSDP2).
     Raises UserError where the recipe asks for what the device can't.
     """
     import torch
 
     bfloat16 = uses_bfloat16(recipe.precision)
-    compiled, why_compiled = _compiled(recipe, stage)
+    compiled, why_compiled = _compiled(recipe, stage, in_pieces)
     if recipe.attention == FLASH and stage in FLASH_STAGES:
         _check_flash_device(bfloat16)
         attention = FLASH
@@ -98,12 +99,16 @@ def _why_attention(asked: str, has: str) -> str:
     return "the default" if has == "sdpa" else "what its architecture has"
 
 
-def _compiled(recipe: Recipe, stage: StageName) -> tuple[bool, str]:
+def _compiled(recipe: Recipe, stage: StageName, in_pieces: bool) -> tuple[bool, str]:
     """Whether torch.compile is used, and why."""
     import torch
 
     if stage != "pretrain" or recipe.pretrain is None:
         return False, "rows have many lengths"
+    if in_pieces:
+        if recipe.pretrain.compile is True:
+            raise UserError("pretrain.compile: not where models are sharded (FSDP)")
+        return False, "the model is sharded"
     if recipe.pretrain.compile != "auto":
         return recipe.pretrain.compile, "as asked"
     if not torch.cuda.is_available():

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from rlhf.recipe import Recipe, StageName
 from rlhf.rundir import RunDir, StageDir
-from rlhf.runtime import Interrupts, Meter, MetricsLog
+from rlhf.runtime import Interrupts, Meter, MetricsLog, Sharding
 from rlhf.team import PeerWatch, Team
 from rlhf.trackers import Trackers
 
@@ -19,6 +19,7 @@ class Job:
     stage: StageName
     team: Team = field(default_factory=Team)
     watch: PeerWatch | None = None
+    sharding: Sharding | None = None  # None: every process holds whole models
     meter: Meter = field(default_factory=Meter)
     interrupts: Interrupts = field(default_factory=Interrupts)
 

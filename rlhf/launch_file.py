@@ -34,23 +34,41 @@ class _Part(BaseModel):
 
 
 class FsdpConfig(_Part):
-    """`fsdp_config`: how FSDP shards."""
+    """`fsdp_config`: how FSDP2 shards. rlhf.sharding does it, and not Accelerate."""
 
-    fsdp_version: Literal[1, 2] = 1
-    fsdp_auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None = None
-    fsdp_transformer_layer_cls_to_wrap: str | None = None
-    fsdp_min_num_params: int | None = Field(None, ge=0)
-    fsdp_reshard_after_forward: bool | str = True
+    fsdp_version: Literal[2]
+    fsdp_auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP"] = "TRANSFORMER_BASED_WRAP"
+    fsdp_reshard_after_forward: bool = True
     fsdp_offload_params: bool = False
-    fsdp_cpu_ram_efficient_loading: bool = True
-    fsdp_sync_module_states: bool = True
-    fsdp_state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None = None
-    fsdp_activation_checkpointing: bool = False
-    fsdp_activation_checkpointing_offload: bool = False
-    fsdp_sharding_strategy: str | None = None
-    fsdp_backward_prefetch: str | None = None
-    fsdp_forward_prefetch: bool = False
-    fsdp_use_orig_params: bool = True
+    fsdp_cpu_ram_efficient_loading: Literal[False] = False
+    fsdp_state_dict_type: Literal["SHARDED_STATE_DICT"] = "SHARDED_STATE_DICT"
+    fsdp_activation_checkpointing: Literal[False] = False
+    fsdp_activation_checkpointing_offload: Literal[False] = False
+
+
+_FSDP1 = "it is a key of FSDP 1, and FSDP2 is what is done"
+FSDP_NOT_TAKEN = {  # Accelerate's keys of `fsdp_config` that we don't follow, and why
+    "fsdp_transformer_layer_cls_to_wrap": "the layer's class is the model's own (_no_split_modules)",
+    "fsdp_min_num_params": "layers are sharded one by one, whatever their size",
+    **dict.fromkeys(
+        (
+            "fsdp_sharding_strategy",
+            "fsdp_backward_prefetch",
+            "fsdp_forward_prefetch",
+            "fsdp_use_orig_params",
+            "fsdp_sync_module_states",
+        ),
+        _FSDP1,
+    ),
+}
+FSDP_MUST_BE = {  # and of those that we do, what they must say
+    "fsdp_version": ("2", "FSDP 1 is not followed"),
+    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", "each of the model's layers is sharded"),
+    "fsdp_cpu_ram_efficient_loading": ("false", "every process reads the weights"),
+    "fsdp_state_dict_type": ("SHARDED_STATE_DICT", "every process writes its piece of a checkpoint"),
+    "fsdp_activation_checkpointing": ("false", f"{_STAGES_OWN} (pretrain.gradient_checkpointing)"),
+    "fsdp_activation_checkpointing_offload": ("false", "no stage does it"),
+}
 
 
 class DeepSpeedConfig(_Part):
@@ -114,6 +132,8 @@ class LaunchConfig(_Part):
         for key, kind in (("fsdp_config", "FSDP"), ("deepspeed_config", "DEEPSPEED")):
             if getattr(self, key) and self.distributed_type != kind:
                 raise ValueError(f"{key} belongs to distributed_type: {kind}, and not to {self.distributed_type}")
+        if self.distributed_type == "FSDP" and self.fsdp_config is None:
+            raise ValueError("fsdp_config: missing; it says `fsdp_version: 2` at least")
         return self
 
 
@@ -133,7 +153,8 @@ class LaunchFile(BaseModel):
 
     def __str__(self) -> str:
         config = self.config
-        where = "CPUs (DDP over gloo)" if config.use_cpu else "GPUs (DDP over NCCL)"
+        how = "FSDP2" if config.distributed_type == "FSDP" else "DDP"
+        where = f"CPUs ({how} over gloo)" if config.use_cpu else f"GPUs ({how} over NCCL)"
         count = "one process" if self.here == 1 else f"{self.here} processes"
         told = f"{self.path.name}: {count} on this machine's {where}, started by Accelerate's launcher"
         if config.num_machines > 1:
@@ -161,10 +182,10 @@ def open_launch_file(name_or_path: str, processes: int | None) -> LaunchFile:
     """
     path = find_launch_file(name_or_path)
     config = read_launch_file(path)
-    if config.distributed_type != "MULTI_GPU":
+    if config.distributed_type == "DEEPSPEED":
         raise UserError(
-            f"{path}: distributed_type: {config.distributed_type} shards models, and the stages hold whole ones so far "
-            "(DDP); take gpus, or a file with distributed_type: MULTI_GPU"
+            f"{path}: distributed_type: DEEPSPEED: no stage runs under DeepSpeed; take fsdp2, which shards as its "
+            "ZeRO-3 does, or a file with distributed_type: FSDP"
         )
     asked = config.num_processes
     if asked and processes and asked != processes:
@@ -214,8 +235,9 @@ def _explain(error: Any) -> str:
     place = [str(part) for part in error["loc"]]
     key, given = ".".join(place), error["input"]
     if error["type"] == "extra_forbidden":
-        if key in NOT_TAKEN:
-            return f"{key}: can't be followed: {NOT_TAKEN[key]}"
+        why = NOT_TAKEN.get(key) or FSDP_NOT_TAKEN.get(place[-1])
+        if why:
+            return f"{key}: can't be followed: {why}"
         parts: dict[str, type[BaseModel]] = {"fsdp_config": FsdpConfig, "deepspeed_config": DeepSpeedConfig}
         known = parts.get(place[0], LaunchConfig).model_fields if len(place) > 1 else LaunchConfig.model_fields
         close = get_close_matches(place[-1], known, n=1, cutoff=0.5)
@@ -224,6 +246,9 @@ def _explain(error: Any) -> str:
         return f"{key}: Accelerate's launcher starts one process for MULTI_CPU; write MULTI_GPU and use_cpu: true"
     if key == "distributed_type" and given in ("NO", False):
         return f"{key}: one process needs no launch file: leave --launch-config out"
+    if place[-1:] and place[-1] in FSDP_MUST_BE and error["type"] in ("literal_error", "missing"):
+        must, why = FSDP_MUST_BE[place[-1]]
+        return f"{key}: must be {must} ({why})"
     if key == "mixed_precision":
         why = "in quotes: a plain one is false" if given is False else f"{_STAGES_OWN}: precision: bfloat16"
         return f"{key}: must be 'no' ({why})"
@@ -242,7 +267,10 @@ def _fitting(path: Path, config: LaunchConfig, wanted: int | None) -> int:
     """The processes in all, one for each GPU. Raises UserError where this machine has too few."""
     found = _gpus(config)
     if found == 0:
-        raise UserError(f"{path} starts processes on GPUs, and this machine has none that torch can use; take cpu-2")
+        instead = "fsdp2-cpu" if config.distributed_type == "FSDP" else "cpu-2"
+        raise UserError(
+            f"{path} starts processes on GPUs, and this machine has none that torch can use; take {instead}"
+        )
     here = (wanted or found * config.num_machines) // config.num_machines
     if here > found:
         source = "num_processes" if config.num_processes else "--processes"

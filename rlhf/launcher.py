@@ -42,6 +42,11 @@ sys.exit(launch())"""
 START_COMMAND = f"""{START}from rlhf.cli import main
 sys.exit(main())"""
 ENDED_BY_LAUNCHER = (Interrupted.exit_code, -signal.SIGTERM)  # codes of ranks that it ends because another one failed
+GIVING_BACK = {  # for glibc: gathered weights come and go, and kept memory would soon be as much as whole models take
+    "MALLOC_MMAP_MAX_": str(2**16),
+    "MALLOC_MMAP_THRESHOLD_": str(2**16),
+    "MALLOC_TRIM_THRESHOLD_": str(2**27),
+}
 GONE_SECONDS = 10.0  # what ranks have to vanish in once their launcher has been killed
 
 
@@ -98,6 +103,8 @@ def _environment(recipe: Recipe, file: LaunchFile) -> dict[str, str]:
     found = environment_of(recipe, file.here)
     if file.config.num_machines == 1:
         keep_to_this_machine(found)
+    if file.config.distributed_type == "FSDP":
+        found |= {name: value for name, value in GIVING_BACK.items() if name not in os.environ}
     if file.config.use_cpu:  # Accelerate's launcher reads the key, and tells its processes nothing of it
         found |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     return found

@@ -1,7 +1,8 @@
 """Muon: momentum whose update is orthogonalised, for the matrices inside a Transformer (Jordan et al. 2024).
 
 Departures from torch.optim.Muon: float32 on a CPU, where bfloat16 is slow, and matrices of one shape together, which
-takes about 0.6 of its time on a model of a million parameters. The scale of the update is Moonshot's (Liu et al. 2025,
+takes about 0.6 of its time on a model of a million parameters. Of matrices that lie in pieces (rlhf.sharding) every
+process works out the whole update and takes its own part of it. The scale of the update is Moonshot's (Liu et al. 2025,
 arXiv:2502.16982, equation 4): one learning rate then serves Muon and AdamW.
 """
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
+
+from rlhf.sharding import mine, whole
 
 MOMENTUM = 0.95
 STEPS = 5
@@ -35,10 +38,11 @@ class Muon(Optimizer):
                 if matrix.grad is not None:
                     shapes.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in shapes.items():
-                updates = orthogonalised(torch.stack([self._momentum(matrix) for matrix in matrices]))
+                updates = orthogonalised(torch.stack([whole(self._momentum(matrix)) for matrix in matrices]))
                 step = group["lr"] * RMS * max(shape) ** 0.5
                 for matrix, update in zip(matrices, updates, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step)
+                    local, rows = mine(matrix)
+                    local.mul_(1 - group["lr"] * group["weight_decay"]).add_(update[rows], alpha=-step)
 
     def _momentum(self, matrix: nn.Parameter) -> Tensor:
         """Nesterov's, of the gradient."""

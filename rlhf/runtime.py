@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -65,6 +65,40 @@ def make_accelerator(precision: str = "auto") -> "Accelerator":
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
 
 
+class Sharding(NamedTuple):
+    """How a launcher wants models to be cut into pieces, one for each process (FSDP2)."""
+
+    reshard_after_forward: bool = True  # a layer's weights are gathered again for its backward pass
+    offload: bool = False  # pieces lie in the host's memory
+
+
+def take_over_sharding() -> Sharding | None:
+    """What Accelerate's launcher has told this process of FSDP, which is not told to the libraries any more.
+
+    With it Accelerate would wrap models in its own way (on CPUs with DDP, without a word), and transformers would leave
+    the weights of all ranks but the first empty. Raises UserError for what we don't do.
+    """
+    told = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("FSDP_")}
+    if not _is_on(os.environ.pop("ACCELERATE_USE_FSDP", "")):
+        return None
+    if told.get("FSDP_VERSION") != "2":
+        raise UserError("the launcher asks for FSDP version 1; only FSDP2 is followed: fsdp_version: 2")
+    for name, key in (
+        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
+        ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "fsdp_activation_checkpointing_offload"),
+    ):
+        if _is_on(told.get(name, "")):
+            raise UserError(f"the launcher asks for {key}, which no stage follows: the recipe says it")
+    return Sharding(
+        reshard_after_forward=_is_on(told.get("FSDP_RESHARD_AFTER_FORWARD", "true")),
+        offload=_is_on(told.get("FSDP_OFFLOAD_PARAMS", "")),
+    )
+
+
+def _is_on(value: str) -> bool:
+    return value.lower() in ("1", "true", "yes", "y", "t", "on")
+
+
 SHARDING = {  # what Accelerate's launcher sets for its ranks, and what it means
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -74,16 +108,12 @@ SHARDING = {  # what Accelerate's launcher sets for its ranks, and what it means
 
 
 def refuse_sharding() -> None:
-    """Raises UserError where a launcher asks for sharded models: the stages hold whole ones (DDP).
-
-    Without this, FSDP asked for on a CPU becomes DDP without a word, and transformers leaves the weights of all ranks
-    but the first empty.
-    """
+    """Raises UserError where a launcher asks for sharded models in a way that isn't ours (see `take_over_sharding`)."""
     for name, what in SHARDING.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        if _is_on(os.environ.get(name, "")):
             raise UserError(
-                f"the launcher asks for {what} ({name}), and the stages hold whole models so far (DDP): take a launch "
-                "file with distributed_type: MULTI_GPU"
+                f"the launcher asks for {what} ({name}), by which no stage shards models: take fsdp2, or a launch file "
+                "with distributed_type: FSDP and fsdp_version: 2"
             )
 
 

@@ -11,10 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.checkpoint import Cadence, Checkpoint, Checkpoints, load_tree, random_state, save_tree, set_random_state
+from rlhf.checkpoint import (
+    Cadence,
+    Checkpoint,
+    Checkpoints,
+    load_tree,
+    random_state,
+    save_pieces,
+    save_tree,
+    set_random_state,
+)
 from rlhf.errors import Interrupted, StageFailed
 from rlhf.job import Job
 from rlhf.runtime import MetricsLog, log
+from rlhf.sharding import fingerprint
 
 
 class Saver:
@@ -86,7 +96,8 @@ class Saver:
     def after_step(self, step: int, steps: int, state: Callable[[], dict[str, Any]], weights: nn.Module) -> None:
         """Writes a checkpoint of `state()` where one is due after this step of so many; leaves where it was asked to.
 
-        Every rank makes its `state()`, rank 0's is written. `weights` must be the same on every rank.
+        Every rank makes its `state()`; rank 0's is written, and every rank's pieces. `weights` must be the same on
+        every rank, those that lie in pieces apart.
         Raises Interrupted after the checkpoint.
         """
         save, stop = self.decide(step, last=step == steps)
@@ -99,6 +110,7 @@ class Saver:
         """Writes a checkpoint of `state()` now; see `after_step`."""
         with self.writing(step, weights) as folder:
             tree = state()
+            save_pieces(tree, folder, "state")
             if self._team.is_main:
                 save_tree(tree, folder, "state")
 
@@ -124,7 +136,8 @@ class Saver:
     @contextmanager
     def writing(self, step: int, weights: nn.Module) -> Iterator[Path]:
         """A folder that is a checkpoint once what was written in it is whole, on every rank."""
-        self._team.check_same(f"the weights after step {step}", fingerprint(weights) if self._team.size > 1 else 0.0)
+        known = fingerprint(weights.parameters()) if self._team.size > 1 else 0.0
+        self._team.check_same(f"the weights after step {step}", known)
         trained = (parameter for parameter in weights.parameters() if parameter.requires_grad)
         size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         folder = self._team.from_main(lambda: self._store.begin(step, expected=3 * size))  # Adam has two moments
@@ -177,11 +190,3 @@ def once(job: Job, name: str, make: Callable[[Path], dict[str, Any]]) -> Checkpo
         if job.team.is_main:
             store.discard(folder)
         raise
-
-
-def fingerprint(weights: nn.Module) -> float:
-    """A number that differs where weights differ, for ranks to compare; adds up in one order, so equal bits give
-    equal numbers."""
-    return float(
-        sum(float(parameter.detach().double().sum()) * (1 + n % 97) for n, parameter in enumerate(weights.parameters()))
-    )

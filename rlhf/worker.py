@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare, take_back
@@ -23,12 +24,14 @@ from rlhf.rundir import RunDir, no_room, write_atomically
 from rlhf.runtime import (
     Interrupts,
     Meter,
+    Sharding,
     derive_seed,
     end_with_parent,
     print_anything,
     quiet_libraries,
     refuse_sharding,
     seed_everything,
+    take_over_sharding,
     visible,
 )
 from rlhf.team import (
@@ -52,6 +55,7 @@ def main() -> int:
     folder = run.stage(stage).path / "ranks"
     try:
         interrupts = _begin_process(rank, folder)
+        sharding = take_over_sharding()
         refuse_sharding()
         recipe = load_recipe(str(run.path / "recipe.yaml"))
         announce(folder, rank)
@@ -62,7 +66,7 @@ def main() -> int:
         return Interrupted.exit_code
     except OSError as error:
         return _no_room(run, stage, rank) if disk_full(error) else _say(StageFailed(f"{error.filename}: {error}"))
-    return run_rank(recipe, stage, run, team, interrupts)  # type: ignore[arg-type]  # the parent gives a stage's name
+    return run_rank(recipe, stage, run, team, interrupts, sharding)  # type: ignore[arg-type]  # the parent gives a stage's name
 
 
 def run_under_launcher(
@@ -83,6 +87,10 @@ def run_under_launcher(
     team = join_team()
     with ExitStack() as held:
         plans: list[Plan | None] = []  # rank 0's
+        try:
+            sharding = take_over_sharding()
+        except UserError as error:
+            return _say(error)
 
         def decide() -> str:
             try:
@@ -110,7 +118,7 @@ def run_under_launcher(
         _redirect(rank, folder)
         announce(folder, rank)
         team.check_same("the recipe", dump_recipe(recipe))
-        ended = run_rank(recipe, stage, run, team, interrupts)
+        ended = run_rank(recipe, stage, run, team, interrupts, sharding)
         if plans and plans[0] and ended == UserError.exit_code:
             take_back(plans[0])
         if team.is_main:
@@ -118,7 +126,9 @@ def run_under_launcher(
         return ended
 
 
-def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrupts: Interrupts) -> int:
+def run_rank(
+    recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrupts: Interrupts, sharding: Sharding | None
+) -> int:
     """Runs one stage as one of its ranks, and completes its directory; the exit code."""
     meter = Meter()
     watch = None
@@ -131,7 +141,9 @@ def run_rank(recipe: Recipe, stage: StageName, run: RunDir, team: Team, interrup
             failure.unlink(missing_ok=True)
         alone = stage not in SHARED
         if not alone or team.is_main:
-            job = Job(recipe, run, stage, Team() if alone else team, None if alone else watch, meter, interrupts)
+            job = Job(recipe, run, stage, meter=meter, interrupts=interrupts)
+            if not alone:
+                job = replace(job, team=team, watch=watch, sharding=sharding)
             with closing(job.trackers):
                 _run_stage(job)
         team.wait()

@@ -380,6 +380,7 @@ def train_on_random_tokens(shape: Shape, batch: int, steps: int, folder: Path) -
     from rlhf.recipe import parse_recipe
     from rlhf.rundir import RunDir
     from rlhf.runtime import make_accelerator, seed_everything
+    from rlhf.sharding import WholeModels
     from stages.pretrain.plan import Plan
     from stages.pretrain.training import Training
 
@@ -407,7 +408,11 @@ def train_on_random_tokens(shape: Shape, batch: int, steps: int, folder: Path) -
     packed = PackedTokens(folder / "tokens.bin", shape.vocabulary, shape.length, seed=0)
     job = Job(recipe, RunDir(folder), "pretrain")
     job.directory.path.mkdir()
-    Training(job, settings, model, packed, Plan(settings), batch, None, accelerator, dict, compiled=True).run()
+    holding = WholeModels(accelerator)
+    training = Training(
+        job, settings, model, packed, Plan(settings), batch, None, accelerator, holding, dict, compiled=True
+    )
+    training.run()
     return Trained(count_parameters(model), read_lines(job.directory.metrics))
 
 

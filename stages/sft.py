@@ -71,7 +71,7 @@ from stages.lora import (
 )
 from stages.packing import IGNORED, PackingCollator, check_isolation
 from stages.sft_trainer import LeanSFTTrainer
-from stages.trl_glue import Training, Validation, adapters_as_they_are, run_trainer, trainer_arguments
+from stages.trl_glue import Training, Validation, adapters_as_they_are, learning, run_trainer, trainer_arguments
 
 SHOWN = 4000  # characters of the first dialogue
 
@@ -346,9 +346,10 @@ def _train(
     )
     figures = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
     collator = PackingCollator(settings.max_tokens, tokenizer.pad_token_id) if settings.packing else None
-    with adapters_as_they_are(model):
+    held = learning(job, model)
+    with adapters_as_they_are(held.learner):
         trainer = LeanSFTTrainer(
-            model=model,
+            model=held.learner,
             args=arguments,
             train_dataset=_dataset(train).select(order),
             processing_class=tokenizer,
@@ -356,7 +357,7 @@ def _train(
         )
     measure = partial(validation_loss, job.team, model, validation)
     validating = Validation(measure, settings.validate_every, "validation_nats_per_token", settings.early_stopping)
-    return run_trainer(trainer, job, settings.steps, figures, settings.log_every, validating)
+    return run_trainer(trainer, model, held, job, settings.steps, figures, settings.log_every, validating)
 
 
 def _dataset(chats: list[EncodedChat]) -> Dataset:

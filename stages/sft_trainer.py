@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from rlhf.functional.masked import widened
+from stages.trl_glue import PiecesTrainer
 
 
-class LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL's classes have no types
+class LeanSFTTrainer(PiecesTrainer, SFTTrainer):  # type: ignore[misc]  # TRL's classes have no types
     """See the module. Where a GPU computes, or a model can't leave positions out, TRL's own loss is taken."""
 
     def __init__(self, *args: Any, **more: Any) -> None:

@@ -2,6 +2,7 @@
 
 A trainer writes its own checkpoint into the folder of ours, which is sealed when it is whole; so the trainers' are
 flushed, checksummed and renamed like all others. They hold tensors and numbers, and are read with `weights_only`.
+Where the model lies in pieces (rlhf.sharding), the trainer's part is ours as well.
 """
 
 import json
@@ -15,16 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rlhf.checkpoint import Checkpoint, load_tree, save_tree
+from rlhf.checkpoint import Checkpoint, copy_tree, load_tree, save_pieces, save_tree
 from rlhf.errors import StageFailed
 from rlhf.job import Job
 from rlhf.recipe import EarlyStoppingSection
 from rlhf.runtime import Bar, MetricsLog, derive_seed, log, uses_bfloat16
 from rlhf.saver import Saver
+from rlhf.sharding import (
+    Held,
+    WholeModel,
+    is_sharded,
+    learned,
+    load_optimizer,
+    pieces,
+    put_in,
+    sharded_models,
+    whole,
+)
 
 
 def trainer_arguments(
@@ -140,9 +155,12 @@ class Training(NamedTuple):
 class Validator:
     """Measures when it is time to, remembers the best weights, and says when no better ones are to be hoped for."""
 
-    def __init__(self, what: str, validation: Validation, steps: int, progress: Progress, model: nn.Module) -> None:
+    def __init__(
+        self, what: str, validation: Validation, steps: int, progress: Progress, model: nn.Module, held: Held
+    ) -> None:
+        """`model` is the one that is measured."""
         self._what, self._validation, self._steps, self._progress = what, validation, steps, progress
-        self._model = model
+        self._model, self._held, self._learner = model, held, held.learner
         self.key = validation.key
         self._best: dict[str, Tensor] = {}  # copies of what is trained, where early stopping may go back to them
 
@@ -158,7 +176,8 @@ class Validator:
         """The figures after this step; `progress.stopped` says whether it is to be the last one."""
         started, training = time.monotonic(), self._model.training
         self._model.eval()
-        with torch.no_grad():  # not inference_mode: what modules cache in there can't be trained through later
+        # not inference_mode: what modules cache in there can't be trained through later
+        with torch.no_grad(), self._held.gathered():
             figures = self._validation.measure()
         self._model.train(training)
         if step == 0:
@@ -175,33 +194,30 @@ class Validator:
         progress, loss = self._progress, float(figures[self.key])
         if step == 0 or loss < progress.kept[self.key]:
             progress.kept, progress.best_step = figures, step
-            self._best = {name: weights.detach().to("cpu", copy=True) for name, weights in self._trained().items()}
+            self._best = copy_tree(pieces(learned(self._learner)))
         if step == 0 or loss < progress.to_beat - stopping.min_gain:
             progress.to_beat, progress.without_gain = loss, 0
             return
         progress.without_gain += 1
         progress.stopped = progress.without_gain >= stopping.patience
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: weights for name, weights in self._model.named_parameters() if weights.requires_grad}
-
-    def save(self, folder: Path) -> None:
-        """Writes the best weights, if early stopping may go back to them."""
-        if self._best:
+    def save(self, folder: Path, *, writes: bool) -> None:
+        """Writes the best weights, if early stopping may go back to them; one process `writes`, all their pieces."""
+        save_pieces(self._best, folder, "best")
+        if self._best and writes:
             save_tree(self._best, folder, "best")
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+    def load(self, folder: Path, share: tuple[int, int]) -> None:
+        """Reads what `save` wrote; `share`: see load_tree."""
         if self._validation.stopping:
-            self._best = load_tree(folder, "best")
+            self._best = load_tree(folder, "best", share)
 
     @torch.no_grad()
     def keep_best(self) -> None:
         """Gives the model the best weights, where early stopping asks for them."""
         if self._validation.stopping is None:
             return
-        for name, weights in self._trained().items():
-            weights.copy_(self._best[name])
+        put_in(learned(self._learner), self._best)
         best = self._progress.kept[self.key]
         log(
             f"{self._what}: the weights of step {self._progress.best_step} are kept, with the lowest "
@@ -213,8 +229,89 @@ class Validator:
 # Training
 
 
+def learning(job: Job, model: Any) -> Held:
+    """How the processes hold the model of a trainer, which gets its `learner`."""
+    sharded = sharded_models(job.team, job.sharding, job.recipe.precision)
+    if sharded is None:
+        return WholeModel(model)
+    held = sharded.learning(model)
+    held.learner._is_accelerate_prepared = True  # or Accelerate would wrap it once more, with DDP
+    return held
+
+
+class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes have no types
+    """What a trainer does otherwise where its model lies in pieces: mixed into those of the stages.
+
+    Such a checkpoint is read by trainers of whole models as well, and by any number of processes; and so is a trainer's
+    own.
+    """
+
+    def _share(self) -> tuple[int, int]:
+        return (self.args.process_index, self.args.world_size) if is_sharded(self.model) else (0, 1)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return whole(super()._clip_grad_norm(model))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not is_sharded(self.model):
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(exist_ok=True)
+        trees = {
+            "weights": pieces(learned(self.model)),
+            "optimizer": pieces(self.optimizer.state_dict()),
+            "scheduler": self.lr_scheduler.state_dict(),
+        }
+        for name, tree in trees.items():
+            save_pieces(tree, folder, name)
+            if self.is_world_process_zero():
+                save_tree(tree, folder, name)
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        files = [*folder.glob("*model*.safetensors")]
+        if _is_ours(folder):
+            put_in(learned(self.model), load_tree(folder, "weights", self._share()))
+        elif is_sharded(self.model) and files:
+            adapted = isinstance(self.model, PeftModel)
+            known = get_peft_model_state_dict(self.model) if adapted else self.model.state_dict()
+            for file in files:
+                weights = load_file(file)
+                put_in({name: known[name] for name in weights}, weights)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (is_sharded(self.model) or _is_ours(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if _is_ours(folder):
+            optimizer, scheduler = (load_tree(folder, name, self._share()) for name in ("optimizer", "scheduler"))
+        else:
+            files = (folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME)
+            optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        load_optimizer(self.optimizer, optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Of a checkpoint of ours the Saver has restored the random states, as those of all stages."""
+        if not (checkpoint and _is_ours(Path(checkpoint))):
+            super()._load_rng_state(checkpoint)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a PiecesTrainer has written it from pieces."""
+    return (checkpoint / "weights.json").is_file()
+
+
 def run_trainer(
     trainer: Trainer,
+    model: nn.Module,
+    held: Held,
     job: Job,
     steps: int,
     figures: dict[str, str],
@@ -223,15 +320,15 @@ def run_trainer(
 ) -> Training:
     """Trains to the end, from the newest checkpoint on if there is one.
 
-    `figures` maps the trainer's names of what is logged to ours. Raises Interrupted after a checkpoint.
+    `model` is what is held; the trainer has its learner. `figures` maps the trainer's names of what is logged to ours.
+    Raises Interrupted after a checkpoint.
     """
     saver = Saver(job, metrics := job.metrics())
     found = saver.resume()
-    model: nn.Module = trainer.model
     progress = _progress_in(found) if found else Progress()
-    validator = Validator(job.stage, validation, steps, progress, model) if validation else None
+    validator = Validator(job.stage, validation, steps, progress, model, held) if validation else None
     if found and validator:
-        validator.load(found.path)
+        validator.load(found.path, (job.team.rank, job.team.size) if is_sharded(held.learner) else (0, 1))
     loop = TrainerLoop(job.stage, steps, saver, metrics, figures, log_every, validator, progress, found)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(loop)
@@ -246,6 +343,7 @@ def run_trainer(
             before, after = progress.first[validation.key], progress.kept[validation.key]
             early = f", ended early after {taken} of {steps} steps" if taken < steps else ""
             log(f"{job.stage}: {validation.key.replace('_', ' ')} {before:.4f} before, {after:.4f} after{early}")
+    held.settle()
     _take_off_wrappers(model)
     seconds = saver.seconds() - progress.seconds_validating
     best_step = progress.best_step if validation and validation.stopping else None
@@ -335,8 +433,8 @@ class TrainerLoop(TrainerCallback):
         assert self._folder is not None
         if state.is_world_process_zero:
             (self._folder / "progress.json").write_text(json.dumps(asdict(self._progress)), encoding="utf-8")
-            if self._validator:
-                self._validator.save(self._folder)
+        if self._validator:
+            self._validator.save(self._folder, writes=state.is_world_process_zero)
         self.writing.close()
 
     def on_log(

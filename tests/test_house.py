@@ -25,6 +25,7 @@ FLOORS = [
         "rlhf.job",
         "rlhf.trackers",
         "rlhf.saver",
+        "rlhf.sharding",
         "rlhf.plugins",
         "rlhf.templates",
         "rlhf.choices",

@@ -1,5 +1,6 @@
 """Launch files: those that ship mean to Accelerate what they say; a wrong one is refused by file and key."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from rlhf import launch_file
 from rlhf.errors import RecipeError, UserError
 from rlhf.launch_file import (
+    FSDP_NOT_TAKEN,
     NOT_TAKEN,
     DeepSpeedConfig,
     FsdpConfig,
@@ -22,7 +24,7 @@ from rlhf.launch_file import (
     read_launch_file,
     shipped_launch_files,
 )
-from rlhf.runtime import SHARDING, make_accelerator
+from rlhf.runtime import SHARDING, Sharding, make_accelerator, take_over_sharding
 from tests.conftest import ROOT, rlhf
 
 SHIPPED = {path.stem: path for path in shipped_launch_files()}
@@ -35,7 +37,7 @@ def as_accelerate_reads(path: Path) -> Namespace:
 
 
 def test_the_launch_files_that_ship() -> None:
-    assert set(SHIPPED) == {"cpu-2", "gpus", "fsdp2", "zero3", "machines-2"}
+    assert set(SHIPPED) == {"cpu-2", "gpus", "fsdp2", "fsdp2-cpu", "zero3", "machines-2"}
     for path in SHIPPED.values():
         text = path.read_text()
         assert text.startswith("# ")
@@ -53,8 +55,9 @@ def test_accelerate_starts_ddp(name: str) -> None:
     assert read.num_machines == (2 if name == "machines-2" else 1)
 
 
-def test_accelerate_shards_as_fsdp2_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = as_accelerate_reads(SHIPPED["fsdp2"])
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-cpu"])
+def test_accelerate_shards_as_fsdp2_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = as_accelerate_reads(SHIPPED[name])
     assert read.use_fsdp and not (read.multi_gpu or read.use_deepspeed)
     environment = prepare_multi_gpu_env(read)
     assert environment["ACCELERATE_USE_FSDP"] == "true"
@@ -82,7 +85,7 @@ def test_our_keys_are_accelerates() -> None:
     """It takes an unknown key of a nested section in silence: each of ours must be an argument of its launcher."""
     assert set(LaunchConfig.model_fields) | set(NOT_TAKEN) == set(ClusterConfig.__dataclass_fields__)
     known = set(vars(launch_command_parser().parse_args(["train.py"])))
-    assert set(FsdpConfig.model_fields) <= known
+    assert set(FsdpConfig.model_fields) | set(FSDP_NOT_TAKEN) <= known
     assert set(DeepSpeedConfig.model_fields) <= known
 
 
@@ -115,6 +118,10 @@ GOOD = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2}
 MACHINES = {**GOOD, "num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": 1234}
 
 
+def sharded(**values: Any) -> dict[str, Any]:
+    return {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, **values}}
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
@@ -139,9 +146,21 @@ MACHINES = {**GOOD, "num_machines": 2, "main_process_ip": "127.0.0.1", "main_pro
         ({**MACHINES, "main_process_ip": None}, "main_process_ip and main_process_port"),
         ({**GOOD, "fsdp_config": {"fsdp_version": 2}}, "fsdp_config belongs to distributed_type: FSDP"),
         (
-            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_verison": 2}},
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_verison": 2}},
             "fsdp_config.fsdp_verison: unknown key; did you mean fsdp_version?",
         ),
+        ({"distributed_type": "FSDP"}, "fsdp_config: missing; it says `fsdp_version: 2` at least"),
+        ({"distributed_type": "FSDP", "fsdp_config": {}}, r"fsdp_config.fsdp_version: must be 2 \(FSDP 1 is not"),
+        (sharded(fsdp_version=1), r"fsdp_config.fsdp_version: must be 2 \(FSDP 1 is not followed\)"),
+        (
+            sharded(fsdp_sharding_strategy="FULL_SHARD"),
+            "fsdp_sharding_strategy: can't be followed: it is a key of FSDP 1",
+        ),
+        (sharded(fsdp_transformer_layer_cls_to_wrap="A"), "can't be followed: the layer's class is the model's own"),
+        (sharded(fsdp_cpu_ram_efficient_loading=True), r"must be false \(every process reads the weights\)"),
+        (sharded(fsdp_activation_checkpointing=True), r"must be false \(the recipe says .*gradient_checkpointing"),
+        (sharded(fsdp_state_dict_type="FULL_STATE_DICT"), "fsdp_state_dict_type: must be SHARDED_STATE_DICT"),
+        (sharded(fsdp_auto_wrap_policy="NO_WRAP"), "fsdp_auto_wrap_policy: must be TRANSFORMER_BASED_WRAP"),
         (
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 4}},
             "deepspeed_config.zero_stage: input should be 0, 1, 2 or 3",
@@ -187,11 +206,11 @@ def test_processes_and_file_agree_or_are_refused(tmp_path: Path, monkeypatch: py
     ("arguments", "says"),
     [
         (["--launch-config", "cpu2"], "did you mean cpu-2?"),
-        (["--launch-config", "nowhere"], "shipped ones are: cpu-2, fsdp2, gpus, machines-2, zero3"),
+        (["--launch-config", "nowhere"], "shipped ones are: cpu-2, fsdp2-cpu, fsdp2, gpus, machines-2, zero3"),
         (["--launch-config", "README.md"], "reads .yaml and .json files"),
         (["--launch-config", "cpu-2", "--processes", "3"], "disagree"),
-        (["--launch-config", "fsdp2"], "distributed_type: FSDP shards models, and the stages hold whole ones"),
-        (["--launch-config", "zero3"], "distributed_type: DEEPSPEED shards models, and the stages hold whole ones"),
+        (["--launch-config", "fsdp2"], "this machine has none that torch can use; take fsdp2-cpu"),
+        (["--launch-config", "zero3"], "distributed_type: DEEPSPEED: no stage runs under DeepSpeed; take fsdp2"),
     ],
 )
 def test_the_command_line_refuses(tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -223,16 +242,33 @@ def accelerates_source() -> str:
 def test_sharding_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name in accelerates_source()
     monkeypatch.setenv(name, "true")
-    with pytest.raises(UserError, match=rf"\({name}\), and the stages hold whole models so far"):
+    with pytest.raises(UserError, match=rf"\({name}\), by which no stage shards models: take fsdp2"):
         make_accelerator()
     monkeypatch.setenv(name, "false")
     make_accelerator()
 
 
-def test_a_stage_refuses_to_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_refuses_fsdp_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that `accelerate launch` with an FSDP file has started."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
     recipe = ["--recipe", str(ROOT / "tests/tiny.yaml")]
     said = rlhf("run", "tokenizer", *recipe, cwd=tmp_path, code=2)
-    assert "the launcher asks for FSDP (ACCELERATE_USE_FSDP)" in said
+    assert "the launcher asks for FSDP version 1; only FSDP2 is followed" in said
     assert not (tmp_path / "runs/tiny/tokenizer").exists()
+
+
+def test_what_the_launcher_says_of_fsdp2_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate and transformers are not to see it."""
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        monkeypatch.delenv(name)
+    assert take_over_sharding() is None
+    for name, value in prepare_multi_gpu_env(as_accelerate_reads(SHIPPED["fsdp2"])).items():
+        monkeypatch.setenv(name, value)
+    assert take_over_sharding() == Sharding(reshard_after_forward=True, offload=False)
+    assert not [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert take_over_sharding() == Sharding(reshard_after_forward=False, offload=True)

@@ -17,13 +17,14 @@ from rlhf.judge import Conversation, Scores
 from rlhf.model import critic_from_policy, critic_from_scorer, load_scorer
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Response
+from rlhf.sharding import WholeModels
 from rlhf.team import Team
 from stages.common import Start
 from stages.lora import add_adapter, using_adapter
 from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary
 from stages.ppo.layouts import build_roles
 from stages.ppo.learner import Learner
-from stages.ppo.roles import CRITIC, POLICY, Actors, AdapterActors, FullActors, Reference, Roles, SharedActors
+from stages.ppo.roles import CRITIC, POLICY, Actors, AdapterActors, FullActors, Reference, Roles, SharedActors, hold
 from stages.ppo.rollout import Budget, Setup, observed
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 24
@@ -137,7 +138,9 @@ def make_learner(section: PpoSection, budget: Budget = THREE, dtype: torch.dtype
     device: Any = Device()
     nobody: Any = None  # draws
     roles = Roles(actors, reference, LengthJudge(), None)
-    return Learner(Setup(Team(), 5, section, roles, VOCABULARY_OF, budget, device), nobody, PROMPTS)
+    holding = WholeModels(device)
+    held = hold(roles, holding)
+    return Learner(Setup(Team(), 5, section, roles, VOCABULARY_OF, budget, device, holding, held), nobody, PROMPTS)
 
 
 def logits_of(actors: Actors, ids: torch.Tensor) -> torch.Tensor:

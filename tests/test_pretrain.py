@@ -26,6 +26,7 @@ from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, Recipe, SpikesSection, dump_recipe, parse_recipe, result_fields
 from rlhf.runtime import uses_bfloat16
+from rlhf.sharding import WholeModels
 from rlhf.team import Team
 from stages.pretrain import loss as loss_module
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -207,8 +208,9 @@ def test_an_isolated_document_has_the_logits_it_has_alone(architecture: str, sli
 def bare_training(model: PreTrainedModel, rows: PackedTokens, microbatch: int, begin: int | None, z: float) -> Training:
     """A training without the stage around it."""
     training = object.__new__(Training)
-    training.model, training.rows, training.microbatch, training.begin = model, rows, microbatch, begin
+    training.rows, training.microbatch, training.begin = rows, microbatch, begin
     training.loss, training.accelerator = TokenLoss(model, z), OneProcess()  # type: ignore[assignment]
+    training.holding = WholeModels(training.accelerator)
     training._waited = 0.0
     return training
 

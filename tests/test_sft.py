@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.errors import DataError, MissingInput, RecipeError, UserError
 from rlhf.recipe import EarlyStoppingSection, Recipe, SftSection, parse_recipe
+from rlhf.sharding import WholeModel
 from rlhf.team import Team
 from rlhf.templates import CHAT_TEMPLATES
 from rlhf.tokenizer import encode_chat, encode_texts
@@ -386,7 +387,7 @@ class Script:
     def __init__(self, losses: dict[int, float], steps: int, **stopping: Any) -> None:
         self.model, self.progress, self.losses = torch.nn.Linear(1, 1, bias=False), Progress(), losses
         validation = Validation(self._measure, 3, "loss", EarlyStoppingSection(**stopping))
-        self.validator = Validator("sft", validation, steps, self.progress, self.model)
+        self.validator = Validator("sft", validation, steps, self.progress, self.model, WholeModel(self.model))
         self.measured: list[int] = []
         self.step = 0
 
@@ -440,8 +441,8 @@ def test_the_weights_with_the_lowest_loss_are_kept(
 def test_the_best_weights_come_back_from_a_checkpoint(tmp_path: Path) -> None:
     before, after = (Script(losses(9, 2, 5, 6), steps=10, every=1, patience=9) for _ in range(2))
     before.run()
-    before.validator.save(tmp_path)
-    after.validator.load(tmp_path)
+    before.validator.save(tmp_path, writes=True)
+    after.validator.load(tmp_path, (0, 1))
     after.progress.kept = {"loss": 2.0}
     after.validator.keep_best()
     assert after.model.weight.item() == 1.0

@@ -41,6 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     yardstick = best_of_n_points(job, stage.validation, stage.settings.best_of)
     seconds = stage.train()
     kept = stage.keeper.restore()
+    stage.held.actors.settle()
     after = stage.test.measure()
     log(f"ppo: after update {kept.update}, which is kept: {after.line()}")
     if kept.update == 0:

@@ -15,6 +15,7 @@ from rlhf.functional.ppo import Advantages
 from rlhf.judge import Conversation
 from rlhf.recipe import PpoSection, Recipe
 from rlhf.rollout import Response, cut_at_stop
+from rlhf.runtime import device
 from rlhf.tokenizer import Messages, encode_prompt
 from stages.common import fitting, open_data, report_faults
 
@@ -142,8 +143,8 @@ class Support:
 
 
 def pack_episodes(episodes: Sequence[Episode], pad: int, like: PreTrainedModel) -> Trajectory:
-    """The episodes as one Trajectory, on the model's device, whose advantages and returns are still zero."""
-    dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+    """The episodes as one Trajectory, on the device, whose advantages and returns are still zero."""
+    dtype, where = torch.promote_types(like.dtype, torch.float32), device()
     responses = [episode.response for episode in episodes]
     prompts = [len(episode.prompt.ids) for episode in episodes]
     whole, longest = max(episode.tokens for episode in episodes), max(len(response.ids) for response in responses)
@@ -157,17 +158,17 @@ def pack_episodes(episodes: Sequence[Episode], pad: int, like: PreTrainedModel) 
         rows = torch.zeros(mask.shape, dtype=dtype)
         for row, found in zip(rows, values, strict=True):
             row[: len(found)] = torch.tensor(found, dtype=dtype)
-        return rows.to(device)
+        return rows.to(where)
 
     return Trajectory(
-        ids.to(device),
-        torch.tensor(prompts, device=device),
-        mask.to(device),
+        ids.to(where),
+        torch.tensor(prompts, device=where),
+        mask.to(where),
         rows_of([response.logprobs for response in responses]),
         rows_of([episode.reference for episode in episodes]),
         rows_of([episode.values for episode in episodes]),
-        torch.zeros(mask.shape, dtype=dtype, device=device),
-        torch.zeros(mask.shape, dtype=dtype, device=device),
+        torch.zeros(mask.shape, dtype=dtype, device=where),
+        torch.zeros(mask.shape, dtype=dtype, device=where),
         tuple(response.kept for response in responses),
     )
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.recipe import PpoSection
+from rlhf.sharding import put_in, whole
 from stages.ppo.measure import Measured
 from stages.ppo.roles import Actors
 
@@ -88,10 +89,12 @@ class Keeper:
         """Notes a measurement; whether it is the best one so far, whose weights are then written."""
         self.points.append(point)
         best = self.kept == point
+        if best:
+            policy = self._policy()  # on every rank: it may lie in pieces
         if best and self._writes:
             self._folder.mkdir(exist_ok=True)
             path = self._path(point.update)
-            save_file(self._policy(), path.with_suffix(".partial"))
+            save_file(policy, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
             self._prune()
         return best
@@ -100,16 +103,15 @@ class Keeper:
         """Gives the policy the weights that are kept."""
         point = self.kept
         if point.update != self.points[-1].update:
-            with torch.no_grad():
-                for name, weight in load_file(self._path(point.update)).items():
-                    self._actors.get_parameter(name).copy_(weight)
+            weights = load_file(self._path(point.update))
+            put_in({name: self._actors.get_parameter(name) for name in weights}, weights)
         return point
 
     def _policy(self) -> dict[str, torch.Tensor]:
         """The policy's trained weights by name, each once."""
         wanted = {id(parameter) for parameter in self._actors.policy_parameters()}
         return {
-            name: parameter.detach().cpu().contiguous()
+            name: whole(parameter.detach()).cpu().contiguous()
             for name, parameter in self._actors.named_parameters()
             if id(parameter) in wanted
         }

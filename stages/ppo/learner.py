@@ -17,8 +17,9 @@ from rlhf.functional.masked import masked_mean, masked_moments, mean_and_varianc
 from rlhf.judge import mean_figures
 from rlhf.rollout import Response
 from rlhf.runtime import derive_seed
+from rlhf.sharding import learned, load_optimizer, pieces, put_in, whole
 from stages.ppo.episodes import Episode, Prompt, Trajectory, microbatches_of, pack_episodes
-from stages.ppo.roles import Outputs, Pass, Who
+from stages.ppo.roles import Actors, Outputs, Pass, Who
 from stages.ppo.rollout import Rollout, Setup, shaped
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.95), 1e-5
@@ -52,7 +53,8 @@ class Learner:
         prompts: list[Prompt],
         texts: Texts | None = None,
     ) -> None:
-        self._setup, self._team, self._settings, self._actors = setup, setup.team, setup.settings, setup.roles.actors
+        self._setup, self._team, self._settings = setup, setup.team, setup.settings
+        self._actors: Actors = setup.held.actors.learner
         self._rollout, self._prompts, self._accelerator, self._texts = rollout, prompts, setup.accelerator, texts
         s = setup.settings
         self._rates: dict[Who, float] = {
@@ -64,7 +66,7 @@ class Learner:
         self._value_coefficient = s.value_coefficient
         if s.value_coefficient is None:
             self._value_coefficient = ON_A_SHARED_TRUNK if s.layout == "shared" else VALUE_COEFFICIENT
-        self._passes = [self._prepared(each) for each in setup.roles.actors.passes()]
+        self._passes = [self._prepared(each) for each in self._actors.passes()]
         self.kl_coefficient = setup.settings.kl.coefficient
         self._scores = maths.RunningMoments()
 
@@ -76,7 +78,7 @@ class Learner:
             )
             for who in part.who
         ]
-        model, *prepared = self._accelerator.prepare(part, *optimizers)
+        model, prepared = self._setup.holding.prepared(part, optimizers)
         return Learning(model, parameters, dict(zip(part.who, prepared, strict=True)))
 
     @property
@@ -88,20 +90,17 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """What the next update depends on."""
         return {
-            "actors": {name: p.detach() for name, p in self._actors.named_parameters() if p.requires_grad},
-            "optimizers": {who: optimizer.state_dict() for who, optimizer in self._optimizers.items()},
+            "actors": pieces({name: p.detach() for name, p in learned(self._actors).items()}),
+            "optimizers": {who: pieces(optimizer.state_dict()) for who, optimizer in self._optimizers.items()},
             "kl_coefficient": self.kl_coefficient,
             "scores": list(self._scores),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
-        with torch.no_grad():
-            for name, parameter in self._actors.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state["actors"][name])
+        put_in(learned(self._actors), state["actors"])
         for who, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][who])
+            load_optimizer(optimizer, state["optimizers"][who])
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
 
@@ -260,7 +259,7 @@ class Learner:
         """Clips the gradients of policy and critic apart; their norms before."""
         most = self._settings.gradient_clipping
         norms = {
-            f"{who}_gradient_norm": float(self._accelerator.clip_grad_norm_(parameters, most))
+            f"{who}_gradient_norm": float(whole(self._accelerator.clip_grad_norm_(parameters, most)))
             for who, parameters in part.parameters.items()
         }
         if not np.isfinite(list(norms.values())).all():
@@ -299,18 +298,19 @@ class Learner:
     def _texts_gradient(self, part: Learning, rows: Tensor) -> float:
         """Adds the gradient of pretraining texts [n, L + 1]; their loss, nats a token (PPO-ptx, Ouyang et al. 2022).
 
-        It crosses the processes together with that of the episodes, which comes after it. A rank that has no row reads
-        another's for nothing, since some passes of DDP's are a meeting.
+        It crosses the processes together with that of the episodes, which comes after it. All ranks do equally many
+        passes, since each may be a meeting: one that has no row left reads another's for nothing.
         """
-        tokens = rows[:, 1:].numel()
-        mine = rows[self._team.rank :: self._team.size]
+        tokens, ranks = rows[:, 1:].numel(), self._team.size
+        at_once = max(1, self._setup.budget.tokens // rows.shape[1])
         total = 0.0
         assert self._settings.ptx is not None
-        weight = self._settings.ptx.coefficient * self._team.size / tokens if len(mine) else 0.0
+        weight = self._settings.ptx.coefficient * ranks / tokens
         with self._synchronised(part, False):
-            for texts in (mine if len(mine) else rows[:1]).split(max(1, self._setup.budget.tokens // rows.shape[1])):
-                nats = part.model(texts=texts.to(self._accelerator.device))
-                self._accelerator.backward(nats * weight)
+            for texts in rows.split(at_once * ranks):
+                mine = texts[self._team.rank :: ranks]
+                nats = part.model(texts=(mine if len(mine) else rows[:1]).to(self._accelerator.device))
+                self._accelerator.backward(nats * (weight if len(mine) else 0.0))
                 total += float(nats) if len(mine) else 0.0
         return self._team.add([total])[0] / tokens
 
@@ -319,7 +319,7 @@ class Learner:
         """Gradients cross the processes with the last microbatch of a step only."""
         with ExitStack() as stack:
             if not last:
-                stack.enter_context(self._accelerator.no_sync(part.model))
+                stack.enter_context(self._setup.holding.accumulating(part.model))
             yield
 
     def _losses(self, model: Any, rows: Trajectory) -> dict[str, Tensor]:

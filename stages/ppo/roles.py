@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.functional.masked import widened
-from rlhf.judge import Judge
+from rlhf.judge import Judge, judge_models
 from rlhf.likelihood import Hide, TokenReader
 from rlhf.model import Critic, last_gain
+from rlhf.sharding import Held, Holding, is_absent
 from stages.lora import merged_in_place, using_adapter, with_named_adapter
 from stages.ppo.episodes import Trajectory
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"  # names of adapters
+
+Who = Literal["policy", "critic"]
 
 
 class Likelihoods(NamedTuple):
@@ -62,6 +65,15 @@ class Actors(nn.Module, ABC):
     def passes(self) -> list["Pass"]:
         """What learns, in the order in which it is taken."""
         return [Pass(self, "policy"), Pass(self, "critic")]
+
+    def forward(self, who: tuple[Who, ...], rows: Trajectory | None, texts: Tensor | None) -> "Outputs | Tensor":
+        """What policy, critic or both say of the rows; or the policy's nats for texts, see `nats_of`."""
+        if rows is None:
+            assert texts is not None
+            return self.nats_of(texts)
+        states = self.policy_states(rows.ids) if "policy" in who else None
+        likelihoods = self.policy_says(rows, states) if states is not None else None
+        return Outputs(likelihoods, self.values(rows, states) if "critic" in who else None)
 
     def _trunk(self, ids: Tensor) -> Tensor:
         """The last hidden states [B, L, H] of the policy's body."""
@@ -251,9 +263,6 @@ class AdapterActors(Actors):
         return [*found, *self.head.parameters()]
 
 
-Who = Literal["policy", "critic"]
-
-
 class Outputs(NamedTuple):
     """What a pass gives; None is what is not in it."""
 
@@ -275,14 +284,10 @@ class Pass(nn.Module):
         self._actors = (actors,)  # in a tuple it is no part of this module
 
     def forward(self, rows: Trajectory | None = None, texts: Tensor | None = None) -> Outputs | Tensor:
-        """What they say of the rows; or the policy's nats for texts, see `Actors.nats_of`."""
+        """See `Actors.forward`: it is one call, whatever wraps the actors."""
         (actors,) = self._actors
-        if rows is None:
-            assert texts is not None
-            return actors.nats_of(texts)
-        states = actors.policy_states(rows.ids) if "policy" in self.who else None
-        likelihoods = actors.policy_says(rows, states) if states is not None else None
-        return Outputs(likelihoods, actors.values(rows, states) if "critic" in self.who else None)
+        found: Outputs | Tensor = actors(self.who, rows, texts)
+        return found
 
 
 class Reference:
@@ -310,3 +315,28 @@ class Roles(NamedTuple):
     reference: Reference
     judge: Judge
     second_judge: Judge | None
+
+
+class HeldRoles(NamedTuple):
+    """How the processes hold the models; those of a judge may be several, or none."""
+
+    actors: Held
+    reference: Held
+    judge: list[Held]
+    second_judge: list[Held]
+
+
+def hold(roles: Roles, holding: Holding) -> HeldRoles:
+    """Whole or in pieces, the frozen ones too. A model on the policy's weights is gathered with these."""
+    actors = holding.learning(roles.actors)
+
+    def resting(model: PreTrainedModel) -> list[Held]:
+        lent = [actors] if is_absent(model) else []
+        own = [holding.resting(model)] if model is not roles.actors.policy else []
+        return [*lent, *own]
+
+    def judged(judge: Judge | None) -> list[Held]:
+        return [held for _, model in judge_models(judge) for held in resting(model)]
+
+    *_, reference = [actors, *resting(roles.reference.model)]
+    return HeldRoles(actors, reference, judged(roles.judge), judged(roles.second_judge))

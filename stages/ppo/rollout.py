@@ -1,7 +1,8 @@
 """Episodes: the policy's responses to prompts, and what judge, reference and critic say of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.judge import Scores
 from rlhf.model import accelerator_bytes, tokens_fitting
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing, Response, build_engine, uniforms
+from rlhf.sharding import Holding, gathered
 from rlhf.team import Team
 from stages.gold import gold_rewards
 from stages.ppo.episodes import Episode, Prompt, Trajectory, Vocabulary, microbatches_of, pack_episodes
-from stages.ppo.roles import Actors, Roles
+from stages.ppo.roles import Actors, HeldRoles, Roles
 
 ACTIVATIONS = 2**28  # bytes of a microbatch; on an accelerator:
 ACTIVATIONS_SHARE = 1 / 16  # of its memory
@@ -44,6 +47,8 @@ class Setup(NamedTuple):
     vocabulary: Vocabulary
     budget: Budget
     accelerator: Accelerator
+    holding: Holding
+    held: HeldRoles
 
 
 class Rollout:
@@ -53,7 +58,7 @@ class Rollout:
         self._setup = setup
         self.drawing_seconds = 0.0  # of this rank, the last time
         drawing = Drawing(**setup.settings.sampling.model_dump())
-        with setup.roles.actors.drawing() as policy:
+        with setup.held.actors.gathered(), setup.roles.actors.drawing() as policy:
             self._engine = build_engine(
                 policy,
                 setup.vocabulary.tokenizer,
@@ -66,18 +71,22 @@ class Rollout:
     def episodes(self, prompts: Sequence[Prompt], seed: int, number: int, first: int = 0) -> list[Episode]:
         """An episode of each prompt, decided by seed, number, and its own number: `first` and its place."""
         setup = self._setup
+        mine = range(len(prompts))[setup.team.rank :: setup.team.size]
+        chosen = [prompts[place] for place in mine]
+        draws = uniforms(seed, number, [first + place for place in mine], setup.settings.sampling.max_tokens)
+        with setup.holding.computing():  # as the training passes are
+            responses = self._drawn(chosen, draws)
+            found = observed(setup, chosen, responses)
+        return setup.team.share(range(len(prompts)), lambda _: found)
 
-        def answer(mine: list[int]) -> list[Episode]:
-            chosen = [prompts[place] for place in mine]
-            draws = uniforms(seed, number, [first + place for place in mine], setup.settings.sampling.max_tokens)
-            began = time.monotonic()
-            with setup.accelerator.autocast():  # as the training passes are
-                with setup.roles.actors.drawing():
-                    responses = self._engine.generate([prompt.ids for prompt in chosen], draws)
-                self.drawing_seconds = time.monotonic() - began
-                return observed(setup, chosen, responses)
-
-        return setup.team.share(range(len(prompts)), answer)
+    def _drawn(self, prompts: list[Prompt], draws: Tensor) -> list[Response]:
+        """This process's responses. All processes come here, those without a prompt too: weights are gathered."""
+        setup = self._setup
+        began = time.monotonic()
+        with setup.held.actors.gathered(), setup.roles.actors.drawing():
+            found = self._engine.generate([prompt.ids for prompt in prompts], draws) if prompts else []
+        self.drawing_seconds = time.monotonic() - began
+        return found
 
     def second_scores(self, episodes: Sequence[Episode]) -> list[float]:
         """What the second judge says of the responses; nothing where there is none."""
@@ -89,14 +98,19 @@ class Rollout:
         def scores(mine: list[Episode]) -> list[float]:
             return judge.scores([setup.vocabulary.conversation(e.prompt, e.response) for e in mine]).values
 
-        return setup.team.share(episodes, scores)
+        with gathered(*setup.held.second_judge):
+            return setup.team.share(episodes, scores)
 
 
 def observed(setup: Setup, prompts: list[Prompt], responses: list[Response]) -> list[Episode]:
-    """The episodes, with what judge, reference and critic say of them."""
-    roles, vocabulary = setup.roles, setup.vocabulary
+    """The episodes, with what judge, reference and critic say of them, one model after the other.
+
+    All processes come here, those without an episode too: weights are gathered.
+    """
+    roles, vocabulary, held = setup.roles, setup.vocabulary, setup.held
     conversations = [vocabulary.conversation(*pair) for pair in zip(prompts, responses, strict=True)]
-    scores = roles.judge.scores(conversations)
+    with gathered(*held.judge):
+        scores = roles.judge.scores(conversations) if conversations else Scores([], {})
     gold = gold_rewards([prompt.messages for prompt in prompts], [found.response for found in conversations])
     blank = [
         Episode(prompt, response, score, judged, truth, [], [])
@@ -104,15 +118,25 @@ def observed(setup: Setup, prompts: list[Prompt], responses: list[Response]) -> 
             prompts, responses, scores.values, scores.figures_of_each(), gold, strict=True
         )
     ]
-    found: list[Episode | None] = [None] * len(blank)
-    for part in microbatches_of([episode.tokens for episode in blank], setup.budget.tokens, len(blank), 1):
-        rows = pack_episodes([blank[place] for place in part], vocabulary.pad_id, roles.actors.policy)
-        reference = roles.reference.logprobs(roles.actors, rows).tolist()
-        values = _values(roles.actors, rows).tolist()
-        for row, place in enumerate(part):
-            count = len(blank[place].response.ids)
-            found[place] = blank[place]._replace(reference=reference[row][:count], values=values[row][:count])
-    return [episode for episode in found if episode is not None]
+    with held.reference.gathered():
+        reference = _read(setup, blank, partial(roles.reference.logprobs, roles.actors))
+    with held.actors.gathered():
+        values = _read(setup, blank, partial(_values, roles.actors))
+    return [
+        episode._replace(reference=logprobs, values=value)
+        for episode, logprobs, value in zip(blank, reference, values, strict=True)
+    ]
+
+
+def _read(setup: Setup, episodes: list[Episode], model: Callable[[Trajectory], Tensor]) -> list[list[float]]:
+    """What a model says of each token of each response."""
+    found: list[list[float]] = [[] for _ in episodes]
+    lengths = [episode.tokens for episode in episodes]
+    for part in microbatches_of(lengths, setup.budget.tokens, len(episodes), 1):
+        rows = pack_episodes([episodes[place] for place in part], setup.vocabulary.pad_id, setup.roles.actors.policy)
+        for place, said in zip(part, model(rows).tolist(), strict=True):
+            found[place] = said[: len(episodes[place].response.ids)]
+    return found
 
 
 def shaped(settings: PpoSection, score: float, unit: float, ended: bool) -> float:

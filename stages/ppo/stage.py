@@ -13,6 +13,7 @@ from rlhf.model import end_ids
 from rlhf.rundir import read_json, write_json
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver
+from rlhf.sharding import WholeModels, sharded_models
 from stages.common import check_context, packed_texts, starting_model
 from stages.ppo.doctor import SMALLER_STEPS_HELP, Doctor, Finding
 from stages.ppo.episodes import Episode, Prompt, Vocabulary, read_prompts
@@ -20,6 +21,7 @@ from stages.ppo.keep import Keeper, Point
 from stages.ppo.layouts import build_roles, memory_table
 from stages.ppo.learner import Learner, Texts
 from stages.ppo.measure import Examiner
+from stages.ppo.roles import hold
 from stages.ppo.rollout import Budget, Rollout, Setup
 
 VALIDATION_SHARE, MOST_VALIDATION = 0.1, 128
@@ -53,13 +55,16 @@ class Stage:
         )
         for line in memory_table(self.roles):
             log(f"ppo: {line}")
-        setup = Setup(job.team, recipe.seed, s, self.roles, self.vocabulary, budget, accelerator)
+        holding = sharded_models(job.team, job.sharding, recipe.precision) or WholeModels(accelerator)
+        self.share, self.held = holding.share, hold(self.roles, holding)
+        setup = Setup(job.team, recipe.seed, s, self.roles, self.vocabulary, budget, accelerator, holding, self.held)
         rollout = Rollout(setup)
         self.test = Examiner(setup, rollout, self.test_prompts, "test")
         self.validation = Examiner(setup, rollout, validation, "validation")
         self.learner = Learner(setup, rollout, prompts, self._texts())
         folder = job.directory.path
-        self.keeper = Keeper(s, self.roles.actors, folder / "kept", folder / "checkpoints", writes=job.team.is_main)
+        actors = self.held.actors.learner
+        self.keeper = Keeper(s, actors, folder / "kept", folder / "checkpoints", writes=job.team.is_main)
         alone = ("judge_is_constant",) if s.episodes_per_update == 1 else ()  # one score varies from none
         self.doctor, self._back_offs_file = Doctor((*s.doctor.off, *alone)), folder / "back_offs.json"
         self.back_offs: list[dict[str, Any]] = []  # each with its update, finding, evidence, and where it went back to
@@ -127,7 +132,7 @@ class Stage:
         found = saver.resume()
         update = 0
         if found:
-            self.load(load_tree(found.path, "state"))
+            self.load(load_tree(found.path, "state", self.share))
             update = found.step
             self.back_offs = (read_json(self._back_offs_file) or {}).get("back_offs", [])
         else:
@@ -211,7 +216,7 @@ class Stage:
         if self.job.team.is_main:
             write_json(self._back_offs_file, {"back_offs": [*self.back_offs, record]})
         self.back_offs = [*self.back_offs, record]
-        self.load(load_tree(found.path, "state"))
+        self.load(load_tree(found.path, "state", self.share))
         scale = self._rate_scale(found.step)
         log(f"ppo: {finding.name}: back to update {found.step}, with {scale:g} of the learning rates")
         return found.step

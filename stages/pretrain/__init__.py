@@ -30,6 +30,7 @@ from rlhf.model import (
 from rlhf.products import use_onednn
 from rlhf.recipe import PretrainSection, Recipe, microbatches
 from rlhf.runtime import derive_seed, log, make_accelerator
+from rlhf.sharding import WholeModels, sharded_models
 from rlhf.tokenizer import begin_id, load_tokenizer, token_info
 from stages.common import card_facts, check_context, context_of, named_model
 from stages.corpus import Corpus, training_corpus
@@ -57,7 +58,9 @@ def run(job: Job) -> dict[str, Any]:
     mine, _ = microbatches(recipe, "pretrain", job.team.size)
     memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
     size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
-    choices = choose(recipe, "pretrain", model.config._attn_implementation)
+    sharded = sharded_models(job.team, job.sharding, recipe.precision)
+    holding = sharded or WholeModels(accelerator)
+    choices = choose(recipe, "pretrain", model.config._attn_implementation, in_pieces=sharded is not None)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -69,10 +72,9 @@ def run(job: Job) -> dict[str, Any]:
         return {**found.figures(), **found.lines()}
 
     begin = begin_id(tokenizer) if settings.isolate_documents else None
-    training = Training(
-        job, settings, model, texts.rows, plan, size, begin, accelerator, on_the_way, compiled=choices.compiled
-    )
-    outcome = training.run()
+    outcome = Training(
+        job, settings, model, texts.rows, plan, size, begin, accelerator, holding, on_the_way, compiled=choices.compiled
+    ).run()
     after = measure()
     _tell(after, before)
     _warn_of_divergence(model, after)

@@ -23,6 +23,7 @@ from rlhf.muon import muon_with_adamw
 from rlhf.recipe import PretrainSection
 from rlhf.runtime import Bar, log
 from rlhf.saver import Saver
+from rlhf.sharding import Holding, load_optimizer, pieces, put, weights_of, whole
 from stages.pretrain.loss import TokenLoss, positions_in_documents
 from stages.pretrain.plan import Plan
 from stages.pretrain.speed import flops_per_token, peak_flops
@@ -53,20 +54,24 @@ class Training:
         microbatch: int,
         begin: int | None,
         accelerator: Accelerator,
+        holding: Holding,
         validate: Callable[[], dict[str, Any]],
         *,
         compiled: bool,
     ) -> None:
         """`microbatch`: rows of a forward pass; `begin`: the id before which no token sees, None for rows as a whole.
 
-        `validate` gives the figures of a validation on the way.
+        `validate` gives the figures of a validation on the way, of the model with its weights.
         """
-        self.job, self.settings, self.model, self.rows, self.plan = job, settings, model, rows, plan
+        self.job, self.settings, self.rows, self.plan, self.holding = job, settings, rows, plan, holding
         self.microbatch, self.begin, self.accelerator, self.validate = microbatch, begin, accelerator, validate
+        self.work = flops_per_token(model, settings.sequence_length)
         loss = TokenLoss(model, settings.z_loss)
         if compiled:
             loss.compile()
-        self.loss, *self.optimizers = accelerator.prepare(loss, *_optimizers(model, settings))
+        self.held = holding.learning(loss)
+        self.learner: TokenLoss = self.held.learner
+        self.loss, self.optimizers = holding.prepared(self.learner, _optimizers(self.learner.model, settings))
         self.metrics = job.metrics()
         self.saver = Saver(job, self.metrics)
         self.guard = Guard(settings.spikes, math.log(model.config.get_text_config().vocab_size), plan.steps)
@@ -75,14 +80,13 @@ class Training:
         self.losses, self.summed = 0.0, 0  # of the steps since the last line of metrics
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.peak = peak_flops(accelerator.device, dtype) * job.team.size
-        self.work = flops_per_token(model, settings.sequence_length)
         self._begin_window()
 
     def run(self) -> Outcome:
         """Trains to the end, from the last checkpoint where there is one."""
         found = self.saver.resume()
         if found:
-            state = load_tree(found.path, "state")
+            state = load_tree(found.path, "state", self.holding.share)
             self._restore(state)
             self.guard.load(state["guard"])
             self.validating = state["seconds_validating"]
@@ -100,7 +104,8 @@ class Training:
                 rate = self._update()
                 self.guard.passed(loss)
                 self._report(bar, loss, norm, rate)
-                self.saver.after_step(self.step, self.plan.steps, self._checkpoint, self.model)
+                self.saver.after_step(self.step, self.plan.steps, self._checkpoint, self.learner)
+        self.held.settle()
         return Outcome(self.saver.seconds() - self.validating, self.guard.rollbacks, self.peak, self.work)
 
     # A step
@@ -119,8 +124,8 @@ class Training:
         mine = rows // self.job.team.size
         first = self.place + self.job.team.rank * mine
         loss = self.add_gradient(range(first, first + mine))
-        norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.settings.gradient_clipping))
-        together = self.job.team.add([float(loss), norm])
+        norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.settings.gradient_clipping)
+        together = self.job.team.add([float(loss), float(whole(norm))])
         return together[0] / self.job.team.size, together[1] / self.job.team.size
 
     def add_gradient(self, places: range) -> torch.Tensor:
@@ -133,7 +138,7 @@ class Training:
             end = min(start + self.microbatch, places.stop)
             inputs, targets = self._read(range(start, end))
             # gradients cross the processes with the last microbatch only
-            with nullcontext() if end == places.stop else self.accelerator.no_sync(self.loss):
+            with nullcontext() if end == places.stop else self.holding.accumulating(self.loss):
                 positions = None if self.begin is None else positions_in_documents(inputs, self.begin)
                 found = self.loss(inputs, targets, positions)
                 share = (end - start) / len(places)
@@ -192,7 +197,9 @@ class Training:
             self._begin_window()
         if done % s.validate_every == 0 and not last:
             before = time.perf_counter()
-            self.metrics.log(step=done, **self.validate())
+            with self.held.gathered():
+                figures = self.validate()
+            self.metrics.log(step=done, **figures)
             spent = time.perf_counter() - before
             self.validating, self._since = self.validating + spent, self._since + spent
 
@@ -204,8 +211,8 @@ class Training:
             "step": self.step,
             "place": self.place,
             "skipped": self.skipped,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": weights_of(self.learner.model),
+            "optimizers": [pieces(optimizer.state_dict()) for optimizer in self.optimizers],
             "losses": self.losses,
             "summed": self.summed,
             "metrics": self.metrics.position(),
@@ -217,9 +224,9 @@ class Training:
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.skipped = state["step"], state["skipped"]
         self.losses, self.summed = state["losses"], state["summed"]
-        self.model.load_state_dict(state["model"])
+        put(self.learner.model, state["model"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(copy_tree(kept))  # an optimiser goes on with the very tensors that it is given
+            load_optimizer(optimizer, copy_tree(kept))  # an optimiser goes on with the very tensors that it is given
             optimizer.zero_grad()
 
     def _roll_back(self, cause: str) -> None:
@@ -234,7 +241,7 @@ class Training:
             f"pretrain: a spike at step {back.record['step']}: {cause}; back to the state of step {self.step}, rows "
             f"{back.record['skipped_rows'][0]:,} to {back.behind:,} are skipped"
         )
-        self.saver.save_going_back(self.step, self._checkpoint, self.model)
+        self.saver.save_going_back(self.step, self._checkpoint, self.learner)
         self._begin_window()
 
 

@@ -27,7 +27,14 @@ from stages.common import BUCKET
 from stages.lora import add_adapters, give_weights, trained_parameters
 from stages.reward.normalise import score_layer, score_rows
 from stages.reward.reading import Ids, Judge, Pair, evenly
-from stages.trl_glue import Validation, adapters_as_they_are, run_trainer, trainer_arguments
+from stages.trl_glue import (
+    PiecesTrainer,
+    Validation,
+    adapters_as_they_are,
+    learning,
+    run_trainer,
+    trainer_arguments,
+)
 
 VALIDATION_PAIRS = 256
 FIGURES = {
@@ -68,19 +75,20 @@ def train_judge(job: Job, settings: RewardSection, judge: Judge, pairs: list[Pai
         seed=derive_seed(seed, "reward", "bootstrap"),
         pad_id=judge.tokenizer.pad_token_id,
     )
-    with adapters_as_they_are(model):
-        trainer = PairTrainer(
-            label_smoothing=settings.label_smoothing,
-            centering=settings.centering,
-            model=model,
-            args=_arguments(job, settings, steps, size, passes),
-            train_dataset=batches.dataset(pair_order(pairs, settings.pairs_per_step, steps, seed)),
-            data_collator=batches,
-            processing_class=judge.tokenizer,
-        )
     validation = Validation(_validation(job, model, test), settings.validate_every, "validation_loss")
     with training_attention(judge.model, choices):
-        training = run_trainer(trainer, job, steps, FIGURES, settings.log_every, validation)
+        held = learning(job, model)
+        with adapters_as_they_are(held.learner):
+            trainer = PairTrainer(
+                label_smoothing=settings.label_smoothing,
+                centering=settings.centering,
+                model=held.learner,
+                args=_arguments(job, settings, steps, size, passes),
+                train_dataset=batches.dataset(pair_order(pairs, settings.pairs_per_step, steps, seed)),
+                data_collator=batches,
+                processing_class=judge.tokenizer,
+            )
+        training = run_trainer(trainer, model, held, job, steps, FIGURES, settings.log_every, validation)
     model.eval()
     disable_dropout(model)
     restore()
@@ -255,7 +263,7 @@ class PairBatches:
         }
 
 
-class PairTrainer(RewardTrainer):
+class PairTrainer(PiecesTrainer, RewardTrainer):
     """TRL's trainer with our loss. A batch's mean over its pairs is what every microbatch and process adds alike."""
 
     def __init__(self, *, label_smoothing: float, centering: float, **options: Any) -> None:
