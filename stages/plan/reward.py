@@ -101,8 +101,8 @@ def plan(context: Context) -> StagePlan:
         found.lines = [
             f"{lengths.pairs:,} comparisons{more}, {settings.epochs:g} epochs = "
             f"{-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs ({machine.processes} "
-            f"processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a conversation on the average; the "
-            f"largest microbatch is {lengths.largest.sequences} conversations of {lengths.largest.tokens:,} tokens"
+            f"processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a conversation on the average; "
+            f"the largest microbatch is {lengths.largest.sequences} conversations of {lengths.largest.tokens:,} tokens"
         ]
     found.lines.append(f"{drawn:,} responses of the reference are drawn, of {way.max_tokens:,} tokens at most")
     found.disk = (recipe.checkpoints.keep + 1) * (4 * plain + 4 * ADAM * found.trained) + 4 * plain
