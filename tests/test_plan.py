@@ -60,7 +60,7 @@ def test_a_training_step_by_hand() -> None:
         "weights": weights,
         GRADIENTS: weights,
         OPTIMISER: 2 * weights + 4,
-        WORKING: 0,
+        WORKING: 4 * 8 * 100,  # the inputs
     }
     # in the second one the inputs, the outputs, their squares and gradients come on top while the gradient is made
     most = 3 * weights + 4 + weights + 4 * (8 * 100 + 3 * 8 * 50)
