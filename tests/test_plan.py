@@ -60,7 +60,7 @@ def test_a_training_step_by_hand() -> None:
         "weights": weights,
         GRADIENTS: weights,
         OPTIMISER: 2 * weights + 4,
-        WORKING: 0,
+        WORKING: 4 * 8 * 100,  # the inputs
     }
     # in the second one the inputs, the outputs, their squares and gradients come on top while the gradient is made
     most = 3 * weights + 4 + weights + 4 * (8 * 100 + 3 * 8 * 50)
@@ -166,6 +166,17 @@ def test_ppo_holds_what_its_layout_holds() -> None:
     assert "critic: optimiser" not in found["shared"] or found["shared"]["critic: optimiser"] < weights / 10
     assert "reference: weights" not in found["adapters"] and "critic: weights" not in found["adapters"]
     assert sum(found["adapters"].values()) < sum(found["shared"].values()) < 0.7 * sum(found["full"].values())
+
+
+def test_a_base_in_four_bits_takes_an_eighth() -> None:
+    """Of the linear layers; embeddings, norms and the activations stay."""
+    plain, packed = (
+        plan_stage(context("model.width=256", f"sft.lora={{rank: 4, quantised: {kind}}}"), "sft").memory
+        for kind in ("null", "nf4")
+    )
+    assert plain is not None and packed is not None
+    layers = 2 * (4 * 256**2 + 3 * 256 * 672)
+    assert plain.roles["weights"] - packed.roles["weights"] == pytest.approx(layers * (4 - 0.5 - 1 / 64), rel=0.01)
 
 
 def test_work_by_hand() -> None:

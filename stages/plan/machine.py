@@ -49,8 +49,11 @@ class Machine(NamedTuple):
 
     def __str__(self) -> str:
         if self.on_gpus:
-            return f"{self.processes} GPUs with {self.gpu_memory / GIB:.0f} GiB each"
-        return f"{self.processes} processes on this machine's processors, {free_memory() / GIB:.1f} GiB of memory free"
+            count = "one GPU" if self.processes == 1 else f"{self.processes} GPUs"
+            how = ", weights and optimiser in pieces" if self.sharded else ""
+            return f"{count} with {self.gpu_memory / GIB:.0f} GiB{' each' if self.processes > 1 else ''}{how}"
+        count = "one process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{count} on this machine's processors, {free_memory() / GIB:.1f} GiB of memory free"
 
     def kinds(self) -> list[Gpu]:
         """The named GPUs that have so much memory."""

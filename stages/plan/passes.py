@@ -5,7 +5,7 @@ Each takes the code that the stage itself runs, on shapes that it is given; see 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rlhf.rollout.cache_engine import CACHE_BYTES, CACHE_SHARE, PREFILL_TOKENS
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.draws import draw_tokens
 from rlhf.rollout.protocol import Drawing
+from stages.lora import SCORE_HEAD
 from stages.plan.machine import Machine
 
 T = TypeVar("T")
@@ -54,6 +55,47 @@ def scorer(config: PreTrainedConfig, heads: int = 1) -> PreTrainedModel:
     config.num_labels = heads
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     return model
+
+
+class _Dequantised(torch.autograd.Function):
+    """A product with weights that are made whole for it, and again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, rows: int) -> Tensor:
+        """`inputs` [..., n] times whole weights [rows, n]."""
+        ctx.size = (rows, inputs.shape[-1])
+        return inputs @ inputs.new_empty(ctx.size).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The inputs' gradient; the weights learn nothing."""
+        return gradients[0] @ gradients[0].new_empty(ctx.size), None
+
+
+class FourBits(nn.Linear):
+    """A linear layer as bitsandbytes holds it: half a byte a weight, and for each block of 64 a scale of one byte."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = like.in_features, like.out_features
+        packed = torch.empty(-(-like.weight.numel() // 2) + like.weight.numel() // 64, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = like.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """See nn.Linear."""
+        if torch.is_autocast_enabled("cpu"):
+            inputs = inputs.to(torch.get_autocast_dtype("cpu"))
+        found: Tensor = _Dequantised.apply(inputs, self.out_features)
+        return found if self.bias is None else found + self.bias
+
+
+def in_four_bits(model: PreTrainedModel) -> None:
+    """Holds a model's layers as `lora.quantised` does: all linear ones but the heads."""
+    heads = {model.get_output_embeddings(), getattr(model, SCORE_HEAD, None)}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module not in heads:
+            model.set_submodule(name, FourBits(module))
 
 
 def ids(rows: int, tokens: int) -> Tensor:

@@ -37,7 +37,7 @@ class Models(NamedTuple):
     values: Callable[[Tensor], Tensor]  # the critic's, of ids
     policy_parameters: list[nn.Parameter]
     critic_parameters: list[nn.Parameter]
-    own: int  # parameters of the models beside the policy's, each once
+    parameters: int  # of the policy, without adapters
 
 
 def plan(context: Context) -> StagePlan:
@@ -54,7 +54,7 @@ def plan(context: Context) -> StagePlan:
         budget = Budget.of(settings, models.policy)
         mine = -(-settings.episodes_per_update // machine.processes)
         _go_through(context, settings, models, budget, prompts, drawing, footprint)
-        found.parameters = count_parameters(models.policy)
+        found.parameters = models.parameters
         found.trained = sum(p.numel() for p in (*models.policy_parameters, *models.critic_parameters))
         layers = models.policy.config.get_text_config().num_hidden_layers
     found.memory = memory_of(footprint, machine)
@@ -125,14 +125,18 @@ def _models(context: Context, settings: PpoSection, beginning: Beginning, footpr
         found: Tensor = critic(policy.base_model(input_ids=ids, use_cache=False).last_hidden_state if shared else ids)
         return found
 
-    own = count_parameters(reference) + count_parameters(critic) + (count_parameters(judge) if judge else 0)
-    return Models(policy, reference, judge, values, passes.trained(policy), passes.trained(critic), own)
+    learning = passes.trained(policy), passes.trained(critic)
+    return Models(policy, reference, judge, values, *learning, count_parameters(policy))
 
 
 def _adapters(
     context: Context, settings: PpoSection, base: PreTrainedModel, beginning: Beginning, footprint: Footprint
 ) -> Models:
+    plain = count_parameters(base)
     base.requires_grad_(False)
+    if settings.lora.quantised:
+        with footprint.role("policy: weights"):
+            passes.in_four_bits(base)
     targets = target_names(base, settings.lora.targets, "ppo.lora")
     config = LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=targets)
     reward = context.recipe.reward
@@ -152,8 +156,7 @@ def _adapters(
 
     named = dict(base.named_parameters())
     learns = {who: [p for name, p in named.items() if f".{who}." in name] for who in (POLICY, CRITIC)}
-    own = count_parameters(judge) if judge else 0
-    return Models(base, base, judge, values, learns[POLICY], [*learns[CRITIC], *head.parameters()], own)
+    return Models(base, base, judge, values, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
 
 
 def _judge(

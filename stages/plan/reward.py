@@ -66,7 +66,9 @@ def plan(context: Context) -> StagePlan:
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
             model = passes.scorer(beginning.config, settings.heads)
-        plain = count_parameters(model)
+            plain = count_parameters(model)
+            if settings.lora and settings.lora.quantised and not settings.from_:
+                passes.in_four_bits(model)
         lengths = _lengths(context, settings, beginning, model, size, found)
         drawn = settings.normalisation_prompts
         if settings.collect:
@@ -95,12 +97,12 @@ def plan(context: Context) -> StagePlan:
         found.lines = [f"the judge in {settings.from_} is taken as it is"]
     else:
         wanted = max(1, round(settings.epochs * lengths.pairs))
+        more = " or more (work and time are of so many)" if lengths.pairs >= ROWS_READ else ""
         found.lines = [
-            f"{lengths.pairs:,} comparisons{' or more' if lengths.pairs >= ROWS_READ else ''}, {settings.epochs:g} "
-            f"epochs = {-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs "
-            f"({machine.processes} processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a "
-            f"conversation on the average; the largest microbatch is {lengths.largest.sequences} conversations of "
-            f"{lengths.largest.tokens:,} tokens"
+            f"{lengths.pairs:,} comparisons{more}, {settings.epochs:g} epochs = "
+            f"{-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs ({machine.processes} "
+            f"processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a conversation on the average; "
+            f"the largest microbatch is {lengths.largest.sequences} conversations of {lengths.largest.tokens:,} tokens"
         ]
     found.lines.append(f"{drawn:,} responses of the reference are drawn, of {way.max_tokens:,} tokens at most")
     found.disk = (recipe.checkpoints.keep + 1) * (4 * plain + 4 * ADAM * found.trained) + 4 * plain

@@ -61,7 +61,9 @@ def plan(context: Context) -> StagePlan:
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
             model = passes.causal_lm(beginning.config)
-        plain = count_parameters(model)
+            plain = count_parameters(model)
+            if settings.lora and settings.lora.quantised:
+                passes.in_four_bits(model)
         adapted: nn.Module = add_adapters(model, settings.lora, "sft.lora") if settings.lora else model
         learning = passes.trained(adapted)
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
