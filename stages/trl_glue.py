@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rlhf.checkpoint import Checkpoint, copy_tree, load_tree, save_pieces, save_tree
+from rlhf.checkpoint import Checkpoint, copy_tree, load_tree, save_pieces, save_tree, set_random_state
 from rlhf.errors import StageFailed
 from rlhf.job import Job
 from rlhf.recipe import EarlyStoppingSection
@@ -302,9 +302,12 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
         self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Of a checkpoint of ours the Saver has restored the random states, as those of all stages."""
-        if not (checkpoint and _is_ours(Path(checkpoint))):
+        """Of a checkpoint of ours they lie beside it, as those of all stages do."""
+        beside = Path(checkpoint).parent if checkpoint and _is_ours(Path(checkpoint)) else None
+        if beside is None:
             super()._load_rng_state(checkpoint)
+        elif len([*beside.glob("random-*.json")]) == self.args.world_size:
+            set_random_state(load_tree(beside, f"random-{self.args.process_index}"))
 
 
 def _is_ours(checkpoint: Path) -> bool:

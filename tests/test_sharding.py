@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from rlhf.checkpoint import Piece, copy_tree, load_tree, rows_of, save_pieces, save_tree
 from tests.conftest import ROOT, TINY_RECIPE, rlhf
+from tests.equal_runs import differences
 from tests.test_resume import sealed, start, until
 
 TINY = ("--recipe", str(TINY_RECIPE), "stages=[tokenizer, pretrain, sft, reward, ppo]")
@@ -276,6 +277,22 @@ def test_killed_it_goes_on_with_as_many_processes_and_with_others(chain: Path, t
 @pytest.mark.slow
 def test_killed_adapters_go_on(chain: Path, tmp_path: Path) -> None:
     killed(chain, tmp_path, "sft", "sft.lora={rank: 4}", "sft.early_stopping={every: 10, patience: 9}")
+
+
+@pytest.mark.slow
+def test_interrupted_it_ends_with_the_same_bits_even_with_dropout(chain: Path, tmp_path: Path) -> None:
+    work, whole = tmp_path / "runs/tiny/sft", tmp_path / "undisturbed"
+    shutil.copytree(chain / "runs", tmp_path / "runs")
+    often = ("checkpoints.every_steps=20", "checkpoints.keep=9")
+    command = ("run", "sft", *TINY, *SHARDED, *often, "sft.lora={rank: 4, dropout: 0.2}")
+    rlhf(*command, cwd=tmp_path)
+    shutil.copytree(work, whole)
+    shutil.rmtree(work / "model")
+    (work / "summary.json").unlink()
+    for step in (40, 60):
+        shutil.rmtree(work / f"checkpoints/step-{step}")
+    assert "goes on from the checkpoint of step 20" in rlhf(*command, cwd=tmp_path)
+    assert differences(whole, work) == []
 
 
 def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
