@@ -324,7 +324,7 @@ def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
 
 @pytest.mark.slow
 def test_a_spike_is_rolled_back_in_pieces(chain: Path, tmp_path: Path) -> None:
-    overrides = ["pretrain.learning_rate=0.5", "pretrain.spikes.good_every=3", "pretrain.spikes.most_in_a_row=2"]
+    overrides = ["pretrain.learning_rate=0.9", "pretrain.spikes.good_every=3", "pretrain.spikes.most_in_a_row=2"]
     said = {}
     for how, words in (("whole", WHOLE), ("pieces", SHARDED)):
         shutil.copytree(chain / "runs", tmp_path / how / "runs")
