@@ -43,12 +43,13 @@ def machine_of(
     sharded = config is not None and config.distributed_type != "MULTI_GPU"
     count = gpus or processes or (config.num_processes if config else None)
     if gpus == 0 or (config and config.use_cpu):
-        return Machine(count or 1, 0, sharded)
+        return Machine(count or 1, 0, sharded, recipe.precision == "bfloat16")
     here = _gpus_here() if gpu_memory is None else []
     if gpu_memory is None and gpus and not here:
         raise UserError("--gpus: say with --gpu-memory how many GiB each of them has")
     memory = round(gpu_memory * GIB) if gpu_memory else min(here, default=0)
-    return Machine(count or (len(here) if config else 1), memory, sharded)
+    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and memory > 0)
+    return Machine(count or (len(here) if config else 1), memory, sharded, bfloat16)
 
 
 def _gpus_here() -> list[int]:

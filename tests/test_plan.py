@@ -17,7 +17,6 @@ from rlhf.recipe import load_recipe
 from rlhf.rundir import RunDir
 from stages.plan import GIB, Context, Machine, plan_stage
 from stages.plan.machine import GPUS, Work
-from stages.plan.passes import telling
 from tests.conftest import TINY_RECIPE, rlhf
 
 # Counting
@@ -116,12 +115,6 @@ def test_what_is_sized_by_a_gpu_is_sized_by_the_one_that_is_planned_for() -> Non
     assert accelerator_bytes(torch.device("cpu"), 0.25) == 0
 
 
-def test_the_largest_microbatch_is_among_those_that_tell() -> None:
-    steps = [[1, 2], [3, 1], [2, 2], [1, 1], [1, 9, 4, 4], [1]]
-    found = telling(steps, lambda size: size)
-    assert found == [[1, 2], [3, 1], [2, 2], [1, 9, 4]]
-
-
 # Stages
 
 
@@ -179,6 +172,17 @@ def test_a_base_in_four_bits_takes_an_eighth() -> None:
     assert plain.roles["weights"] - packed.roles["weights"] == pytest.approx(layers * (4 - 0.5 - 1 / 64), rel=0.01)
 
 
+def test_in_pieces_each_process_holds_its_share() -> None:
+    whole = plan_stage(context("model.width=256"), "pretrain").memory
+    recipe = load_recipe(str(TINY_RECIPE), ["model.width=256"])
+    pieces = plan_stage(Context(recipe, RunDir(Path("nowhere")), Machine(4, 0, sharded=True)), "pretrain").memory
+    assert whole is not None and pieces is not None
+    for role in ("weights", OPTIMISER):
+        assert pieces.roles[role] == pytest.approx(whole.roles[role] / 4, rel=0.01)
+    layer = 4 * 256**2 + 3 * 256 * 672 + 2 * 256
+    assert pieces.roles["weights gathered from their pieces"] == 4 * (600 * 256 + 256 + 2 * layer)
+
+
 def test_work_by_hand() -> None:
     """6 operations a parameter and token, and attention's; on two GPUs half as long."""
     plan = plan_stage(context(), "pretrain")
@@ -196,9 +200,9 @@ def test_what_is_planned_for() -> None:
     plain = load_recipe(str(TINY_RECIPE))
     made_for = load_recipe(str(TINY_RECIPE), ["hardware={gpus: 8, gpu_memory: 80, launch: fsdp2}"])
     assert machine_of(plain, 0, None, None).on_gpus is False
-    assert machine_of(plain, 4, 24, None) == Machine(4, 24 * GIB)
-    assert machine_of(made_for, None, None, None) == Machine(8, 80 * GIB, True)
-    assert machine_of(made_for, 2, 40, None) == Machine(2, 40 * GIB)
+    assert machine_of(plain, 4, 24, None) == Machine(4, 24 * GIB, False, True)
+    assert machine_of(made_for, None, None, None) == Machine(8, 80 * GIB, True, True)
+    assert machine_of(made_for, 2, 40, None) == Machine(2, 40 * GIB, False, True)
     assert machine_of(made_for, 0, None, None) == Machine(1, 0)
     assert machine_of(plain, None, None, None, "cpu-2") == Machine(2, 0)
     if not torch.cuda.is_available():

@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.errors import MissingInput, RlhfError
-from rlhf.footprint import Footprint
+from rlhf.footprint import WORKING, Footprint, Moment
 from rlhf.model import causal_lm_config
 from rlhf.recipe import Recipe, Source, StageName, known_base, upstream
 from rlhf.rundir import RunDir
+from rlhf.sharding import layers_of
 from rlhf.tokenizer import load_tokenizer, token_info
 from stages.common import named_model
 from stages.plan.machine import Machine, Work
@@ -55,19 +57,46 @@ HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.22  # of all that
 LIBRARIES, FIRST_USE = "the libraries' own", 160 * 2**20
 
 
-def memory_of(footprint: Footprint, machine: Machine) -> Memory:
-    """What a footprint means on a machine.
+def memory_of(footprint: Footprint, machine: Machine, learner: nn.Module | None = None) -> Memory:
+    """What a footprint means on a machine; `learner` is the model that learns, where one does.
 
     On a CPU more comes on top, as was measured on models of 60 to 130 million parameters (scripts/bench_plan): what is
     freed leaves holes that the next tensor doesn't fit (glibc's posix_memalign needs more than what was freed), about
     a fifth of what is not read from files; and kernels, packed factors and what else is made at first use.
     """
-    peak = footprint.peak()
+    moments = footprint.moments
+    if machine.sharded:
+        assert learner is not None
+        moments = [_in_pieces(moment, machine, learner) for moment in moments]
+    peak = max(moments, key=lambda moment: moment.total)
     roles = {name: size for name, size in peak.roles.items() if size}
     if not machine.on_gpus:
         made = sum(size for name, size in roles.items() if not name.endswith("weights"))
         roles |= {HOLES: round(HOLES_SHARE * made), LIBRARIES: FIRST_USE}
     return Memory(peak.phase, roles)
+
+
+GATHERED = "weights gathered from their pieces"
+
+
+def _in_pieces(moment: Moment, machine: Machine, learner: nn.Module) -> Moment:
+    """The moment with FSDP2 (rlhf.sharding): each process holds its piece of what belongs to the weights, in float32.
+
+    In a step what stands outside the layers is gathered, and two layers, the second of which is fetched in advance;
+    elsewhere one model after the other.
+    """
+    size = next(iter(learner.parameters())).element_size()  # of a gathered weight
+    roles = {
+        role: bytes_ if role == WORKING else bytes_ * 4 // size // machine.processes
+        for role, bytes_ in moment.roles.items()
+    }
+    if "step" in moment.phase:
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(learner)]
+        outside = sum(p.numel() for p in learner.parameters()) - sum(layers)
+        gathered = size * (outside + 2 * max(layers, default=0))
+    else:
+        gathered = max((bytes_ for role, bytes_ in moment.roles.items() if role.endswith("weights")), default=0)
+    return Moment(moment.phase, {**roles, GATHERED: gathered})
 
 
 class Beginning(NamedTuple):

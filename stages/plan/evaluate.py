@@ -30,7 +30,7 @@ LARGEST_BATCHES = 3  # of all tasks
 
 def plan(context: Context) -> StagePlan:
     """What the evaluation will do and need."""
-    recipe, machine = context.recipe, context.machine
+    recipe, machine = context.recipe, context.machine._replace(sharded=False)
     settings = recipe.evaluate
     assert settings is not None
     found = StagePlan("evaluate")
@@ -40,7 +40,7 @@ def plan(context: Context) -> StagePlan:
     longest = _longest_text(context, settings, beginning, found)
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
-            model = passes.causal_lm(beginning.config)
+            model = passes.causal_lm(beginning.config, machine)
         found.parameters = count_parameters(model)
         if settings.texts or settings.training:
             passes.read_texts(footprint, model, longest, TOKEN_BUDGET)
@@ -52,7 +52,7 @@ def plan(context: Context) -> StagePlan:
         del model
         if (settings.prompts or settings.comparisons) and evaluating_judges(recipe)[1]:
             with footprint.role("a judge's weights"):
-                judge = passes.scorer(beginning.config)
+                judge = passes.scorer(beginning.config, machine)
             passes.score(footprint, judge, longest, ANSWERED)
     found.memory = memory_of(footprint, machine)
     found.tokens = float(models * read)

@@ -5,7 +5,7 @@ Each takes the code that the stage itself runs, on shapes that it is given; see 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,6 @@ from rlhf.rollout.protocol import Drawing
 from stages.lora import SCORE_HEAD
 from stages.plan.machine import Machine
 
-T = TypeVar("T")
-
-FIRST_STEPS, MICROBATCHES = 3, 3  # that are gone through
-STEPS = 2  # of each kind: from the second one on the optimiser's state is there
 DECODED = 3  # steps of a response that are gone through, evenly spaced
 
 
@@ -37,23 +33,28 @@ def on(machine: Machine) -> Iterator[Footprint]:
         yield footprint
 
 
-def computing(machine: Machine, precision: str) -> AbstractContextManager[object]:
-    """What a training pass runs in: bfloat16 on GPUs, as a GPU's autocast would."""
-    if machine.on_gpus and precision != "float32":
+def computing(machine: Machine) -> AbstractContextManager[object]:
+    """What a training pass runs in: where it computes in bfloat16, what a GPU's autocast does."""
+    if machine.bfloat16 and not machine.sharded:
         return torch.autocast("cpu", torch.bfloat16)
     return nullcontext()
 
 
-def causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal LM of this configuration in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def _dtype(machine: Machine) -> torch.dtype:
+    """Of the weights as passes see them: pieces are gathered in the precision of the passes."""
+    return torch.bfloat16 if machine.bfloat16 and machine.sharded else torch.float32
+
+
+def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
+    """A causal LM of this configuration."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=_dtype(machine))
     return model
 
 
-def scorer(config: PreTrainedConfig, heads: int = 1) -> PreTrainedModel:
-    """A sequence classifier of this configuration in float32."""
+def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
+    """A sequence classifier of this configuration."""
     config.num_labels = heads
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=_dtype(machine))
     return model
 
 
@@ -107,37 +108,39 @@ def learn(
     footprint: Footprint,
     phase: str,
     optimizer: torch.optim.Optimizer,
-    losses: Sequence[Callable[[], Tensor]],
+    loss: Callable[[], Tensor],
+    *,
+    several: bool,
     gradients: str = GRADIENTS,
     optimiser: str = OPTIMISER,
 ) -> None:
-    """An optimiser step on the gradients of some losses, one microbatch after the other."""
+    """An optimiser step with its largest microbatch; with `several` the gradients of others are there before."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with footprint.phase(phase):
-        for loss in losses:
-            loss().backward()  # type: ignore[no-untyped-call]
-        footprint.name(gradients, (p.grad for p in parameters if p.grad is not None))
+        if several:
+            _have_gradients(footprint, parameters, gradients)
+        loss().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         with footprint.role(optimiser):
             optimizer.step()
         optimizer.zero_grad()
 
 
-def telling(steps: Sequence[Sequence[T]], size: Callable[[T], int]) -> list[list[T]]:
-    """Of all optimiser steps' microbatches those that tell how large memory gets: some steps, some microbatches each.
+def have_state(
+    footprint: Footprint, optimizer: torch.optim.Optimizer, gradients: str = GRADIENTS, optimiser: str = OPTIMISER
+) -> None:
+    """Gives an optimiser the state that it has from its first step on."""
+    with footprint.phase("the first step's end"):
+        _have_gradients(footprint, [p for group in optimizer.param_groups for p in group["params"]], gradients)
+        with footprint.role(optimiser):
+            optimizer.step()
+        optimizer.zero_grad()
 
-    The first steps, as they come, since what they free leaves the holes for those behind them; and that with the
-    largest microbatch.
-    """
-    first = list(range(min(len(steps), FIRST_STEPS)))
-    largest = max(range(len(steps)), key=lambda number: max(map(size, steps[number])))
-    chosen = []
-    for number in sorted({*first, largest}):
-        step = steps[number]
-        most = max(range(len(step)), key=lambda place: size(step[place]))
-        start = max(0, min(most - 1, len(step) - MICROBATCHES))
-        chosen.append(list(step[start : start + MICROBATCHES]))
-    return chosen
+
+def _have_gradients(footprint: Footprint, parameters: Sequence[nn.Parameter], role: str) -> None:
+    with footprint.role(role):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

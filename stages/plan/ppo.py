@@ -25,6 +25,7 @@ from stages.ppo.episodes import microbatches_of
 from stages.ppo.roles import CRITIC, POLICY, REWARD
 from stages.ppo.rollout import Budget
 
+POLICYS, CRITICS = ("policy: gradients", "policy: optimiser"), ("critic: gradients", "critic: optimiser")
 SHOWN = 1500  # characters of the first prompt
 
 
@@ -57,7 +58,7 @@ def plan(context: Context) -> StagePlan:
         found.parameters = models.parameters
         found.trained = sum(p.numel() for p in (*models.policy_parameters, *models.critic_parameters))
         layers = models.policy.config.get_text_config().num_hidden_layers
-    found.memory = memory_of(footprint, machine)
+    found.memory = memory_of(footprint, machine, models.policy)
     mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
     episodes = settings.updates * settings.episodes_per_update
     found.tokens = episodes * mean
@@ -106,16 +107,16 @@ def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found
 def _models(context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint) -> Models:
     """The roles in the recipe's layout, with their names."""
     with footprint.role("policy: weights"):
-        policy = passes.causal_lm(beginning.config)
+        policy = passes.causal_lm(beginning.config, context.machine)
     if settings.layout == "adapters":
         return _adapters(context, settings, policy, beginning, footprint)
     with footprint.role("reference: weights"):
-        reference = passes.causal_lm(beginning.config).requires_grad_(False)
+        reference = passes.causal_lm(beginning.config, context.machine).requires_grad_(False)
     judge = _judge(context, settings, beginning, footprint)
     critic: nn.Module
     with footprint.role("critic: weights"):
         if settings.layout == "full":
-            scorer = passes.scorer(beginning.config)
+            scorer = passes.scorer(beginning.config, context.machine)
             critic = Critic(scorer.base_model, scorer.score, 0.0)
         else:
             critic = nn.Linear(beginning.config.get_text_config().hidden_size, 1)
@@ -173,7 +174,7 @@ def _judge(
         config = context.named(name).config if name else beginning.config
         with footprint.role(f"judge {section.title}: weights"):
             heads = reward.heads if ours and reward else getattr(config, "num_labels", 1)
-            found = passes.scorer(config, heads).requires_grad_(False)
+            found = passes.scorer(config, context.machine, heads).requires_grad_(False)
     return found
 
 
@@ -192,11 +193,10 @@ def _go_through(
     lengths = sorted(prompts)
     asked = [*(lengths[place * len(lengths) // mine] for place in range(1, mine)), lengths[-1]]
     longest = asked[-1] + new
-    together = mine // settings.minibatches or 1
-    minibatches = [asked[start :: settings.minibatches][:together] for start in range(settings.minibatches)]
-    steps = [_shapes([tokens + new for tokens in each], budget) for each in minibatches]
-    steps = passes.telling(steps, lambda shape: shape[0] * shape[1])
-    largest = max((shape for step in steps for shape in step), key=lambda shape: shape[0] * shape[1])
+    minibatches = [asked[start :: settings.minibatches] for start in range(settings.minibatches)]
+    parts = [_shapes([tokens + new for tokens in each], budget) for each in minibatches if each]
+    largest = max((shape for each in parts for shape in each), key=lambda shape: shape[0] * shape[1])
+    several = any(len(each) > 1 for each in parts)
     reader, reference = TokenReader(models.policy), TokenReader(models.reference)
 
     def states_of(model: PreTrainedModel, its: TokenReader, adapter: str | None, rows: int, length: int) -> Tensor:
@@ -211,33 +211,35 @@ def _go_through(
         return its.read(before, torch.zeros(rows * new, dtype=torch.long), settings.sampling.temperature).logprobs
 
     def policy_loss(rows: int, length: int) -> Tensor:
-        with passes.computing(machine, context.recipe.precision):
+        with passes.computing(machine):
             loss = likelihoods(models.policy, reader, POLICY, rows, length).sum()
             return loss + models.values(passes.ids(rows, length)).sum() if settings.layout == "shared" else loss
 
     def value_loss(rows: int, length: int) -> Tensor:
-        with passes.computing(machine, context.recipe.precision):
+        with passes.computing(machine):
             return models.values(passes.ids(rows, length)).float().sum()
 
     policy_moves = passes.adam(models.policy_parameters)
     critic_moves = passes.adam(models.critic_parameters)
-    for each, who in ((models.policy_parameters, "policy"), (models.critic_parameters, "critic")):
-        footprint.name_gradients(each, f"{who}: gradients")
-    for _ in range(passes.STEPS):
-        with passes.computing(machine, context.recipe.precision):
-            passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size)
-            if models.judge is not None:
-                passes.score(footprint, models.judge, longest, mine)
-            with footprint.phase("reference and critic"), torch.inference_mode():
-                likelihoods(models.reference, reference, None, *largest)
-                models.values(passes.ids(*largest))
-        for step in steps:
-            losses = [partial(policy_loss, *shape) for shape in step]
-            passes.learn(footprint, "the policy's step", policy_moves, losses, "policy: gradients", "policy: optimiser")
-            if settings.layout == "shared":
-                continue
-            losses = [partial(value_loss, *shape) for shape in step]
-            passes.learn(footprint, "the critic's step", critic_moves, losses, "critic: gradients", "critic: optimiser")
+    footprint.name_gradients(models.policy_parameters, POLICYS[0])
+    footprint.name_gradients(models.critic_parameters, CRITICS[0])
+    if settings.updates * settings.epochs * settings.minibatches > 1:
+        passes.have_state(footprint, policy_moves, *POLICYS)
+        passes.have_state(footprint, critic_moves, *CRITICS)
+    with passes.computing(machine):
+        passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size)
+        if models.judge is not None:
+            passes.score(footprint, models.judge, longest, mine)
+        with footprint.phase("reference and critic"), torch.inference_mode():
+            likelihoods(models.reference, reference, None, *largest)
+            models.values(passes.ids(*largest))
+    for phase, optimizer, loss, (gradients, optimiser) in (
+        ("the policy's step", policy_moves, policy_loss, POLICYS),
+        ("the critic's step", critic_moves, value_loss, CRITICS),
+    ):
+        if phase.startswith("the policy") or settings.layout != "shared":
+            roles = {"gradients": gradients, "optimiser": optimiser}
+            passes.learn(footprint, phase, optimizer, partial(loss, *largest), several=several, **roles)
 
 
 def _shapes(lengths: list[int], budget: Budget) -> list[tuple[int, int]]:

@@ -35,14 +35,14 @@ def plan(context: Context) -> StagePlan:
     _read(context, settings, found)
     with passes.on(context.machine) as footprint:
         with footprint.role("weights"):
-            model = passes.causal_lm(beginning.config)
+            model = passes.causal_lm(beginning.config, context.machine)
         memory = accelerator_bytes(model.device, ACTIVATIONS_SHARE) or ACTIVATIONS
         size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
         found.parameters = found.trained = count_parameters(model)
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
         _go_through(context, settings, beginning, schedule, size, model, footprint)
     found.tokens = schedule.tokens
-    found.memory = memory_of(footprint, context.machine)
+    found.memory = memory_of(footprint, context.machine, model)
     rows = schedule.parts[-1].rows // context.machine.processes
     found.lines = [
         f"{schedule.describe()}; {context.machine.processes} processes x {-(-rows // size)} microbatches x "
@@ -94,23 +94,35 @@ def _go_through(
     def objective(rows: int) -> Tensor:
         inputs = passes.ids(rows, length)
         positions = positions_in_documents(inputs, 0) if settings.isolate_documents else None
-        with passes.computing(machine, context.recipe.precision):
+        with passes.computing(machine):
             return loss(inputs, passes.ids(rows, length), positions).objective
 
-    rows = schedule.parts[-1].rows // machine.processes
-    sizes = [size] * min(passes.STEPS, rows // size) + ([rows % size] if rows % size else [])
-    kept: list[list[Tensor]] = []
-    every = min(settings.spikes.good_every, schedule.steps)
-    steps = range(0, schedule.steps, every) if settings.spikes.action == "roll_back" else range(2)
-    for _ in steps[:3]:
-        if settings.spikes.action == "roll_back" and not machine.on_gpus:  # beside a GPU they lie in the host's memory
-            del kept[:-1]
-            with footprint.phase("keeping a good state"), footprint.role(GOOD_STATES):
-                state = {id(p): p for p in model.parameters()}
-                moments = [v for each in optimizer.state.values() for v in each.values() if torch.is_tensor(v)]
-                kept.append([tensor.detach().clone() for tensor in (*state.values(), *moments)])
-        for number in range(min(passes.STEPS, schedule.steps)):
-            losses = [partial(objective, rows) for rows in sizes]
-            passes.learn(footprint, f"a training step{'' if number else ', the first'}", optimizer, losses)
+    mine = schedule.parts[-1].rows // machine.processes
+    if schedule.steps > 1:
+        passes.have_state(footprint, optimizer)
+    kept = _good_states(settings, schedule, model, optimizer, footprint) if not machine.on_gpus else []
+    passes.learn(footprint, "a training step", optimizer, partial(objective, min(size, mine)), several=mine > size)
     model.eval()
     passes.read_texts(footprint, model, longest, rows=8192)
+    del kept
+
+
+def _good_states(
+    settings: PretrainSection,
+    schedule: Plan,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    footprint: Footprint,
+) -> list[Tensor]:
+    """What is kept to go back to after a spike, in the host's memory: two states, or one of so short a training.
+
+    The first one is from before the first step, when the optimiser has none of its own.
+    """
+    if settings.spikes.action != "roll_back":
+        return []
+    weights = list({id(p): p for p in model.parameters()}.values())
+    moments = [value for each in optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
+    kept_later = (schedule.steps - 1) // min(settings.spikes.good_every, schedule.steps)  # states after the first
+    states = [*weights, *moments] * min(2, kept_later) + weights * (kept_later < 2)
+    with footprint.phase("keeping a good state"), footprint.role(GOOD_STATES):
+        return [tensor.detach().clone() for tensor in states]

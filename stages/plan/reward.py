@@ -39,15 +39,11 @@ class Lengths(NamedTuple):
     """What is known of the comparisons."""
 
     pairs: int
-    steps: list[list[Shape]]  # the microbatches of some steps, that with most tokens among them
+    first: Shape  # the microbatch with most tokens in the first step, when the optimiser has no state yet
+    largest: Shape  # and in all others
     mean: float  # tokens of a conversation
     longest: int  # of all
     prompts: list[int]  # tokens of those that the reference answers
-
-    @property
-    def largest(self) -> Shape:
-        """The microbatch with most tokens."""
-        return max((shape for step in self.steps for shape in step), key=lambda shape: shape.sequences * shape.tokens)
 
 
 def plan(context: Context) -> StagePlan:
@@ -65,7 +61,7 @@ def plan(context: Context) -> StagePlan:
         size, steps = microbatches(recipe, "reward", machine.processes)
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
-            model = passes.scorer(beginning.config, settings.heads)
+            model = passes.scorer(beginning.config, context.machine, settings.heads)
             plain = count_parameters(model)
             if settings.lora and settings.lora.quantised and not settings.from_:
                 passes.in_four_bits(model)
@@ -76,16 +72,16 @@ def plan(context: Context) -> StagePlan:
                 settings.collect.train_prompts + settings.collect.test_prompts
             ) * settings.collect.responses_per_prompt
         with footprint.role("the reference's weights"):
-            answering = passes.causal_lm(reference.config)
+            answering = passes.causal_lm(reference.config, context.machine)
         fitting = [min(tokens, reference.context - way.max_tokens) for tokens in lengths.prompts]
         passes.draw(footprint, answering, (fitting * drawn)[:drawn], way)
         del answering
         found.parameters = plain
         if not settings.from_:
-            learning = _train(context, settings, model, lengths, footprint)
+            learning = _train(context, settings, model, lengths, steps > 1, footprint)
             found.trained = sum(parameter.numel() for parameter in learning)
         passes.score(footprint, model, lengths.longest, rows=drawn)
-    found.memory = memory_of(footprint, machine)
+    found.memory = memory_of(footprint, machine, model)
     found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)
@@ -121,8 +117,8 @@ def _lengths(
     most = min(settings.max_tokens, beginning.context)
     way = reference_way(context.recipe)
     prompt = max(1, most - way.max_tokens)
-    whole = [Shape(2 * size, most, size)] * passes.STEPS
-    unknown = Lengths(ROWS_READ, [whole] * passes.STEPS, most, most, [prompt] * settings.normalisation_prompts)
+    whole = Shape(2 * size, most, size)
+    unknown = Lengths(ROWS_READ, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
     if settings.collect:
         return unknown._replace(pairs=_collected(settings), mean=float(most))
     if beginning.tokenizer is None:
@@ -142,24 +138,24 @@ def _lengths(
     pairs = train or test
     if not pairs:
         return unknown._replace(pairs=0)
-    first = pairs[0]
-    better = beginning.tokenizer.decode(first.chosen)[:SHOWN]
-    worse = beginning.tokenizer.decode(first.rejected[first.prompt_tokens :])[:SHOWN]
+    pair = pairs[0]
+    better = beginning.tokenizer.decode(pair.chosen)[:SHOWN]
+    worse = beginning.tokenizer.decode(pair.rejected[pair.prompt_tokens :])[:SHOWN]
     found.shown = f"{better}\n[rather than] {worse}"
     lengths = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
     prompts = [
         len(encode_prompt(beginning.tokenizer, pair.comparison.prompt))
         for pair in pairs[: settings.normalisation_prompts]
     ]
-    steps = [whole] * passes.STEPS
-    if train:
+    first = largest = whole
+    if train and len(train) < ROWS_READ:
         wanted = -(-max(1, round(settings.epochs * len(train))) // settings.pairs_per_step)
-        order, each = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed), settings.pairs_per_step
-        read = [[train[place] for place in order[start : start + each]] for start in range(0, len(order), each)]
-        shapes = [[_shape(step[at : at + size]) for at in range(0, each, size)] for step in read]
-        shapes += [whole] * (len(train) >= ROWS_READ)
-        steps = passes.telling(shapes, lambda shape: shape.sequences * shape.tokens)
-    return Lengths(len(train), steps, sum(lengths) / len(lengths), max(lengths), prompts)
+        order = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        shapes = [_shape([train[place] for place in batch]) for batch in batches]
+        each = settings.pairs_per_step // size
+        first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
+    return Lengths(len(train), first, largest, sum(lengths) / len(lengths), max(lengths), prompts)
 
 
 def _collected(settings: RewardSection) -> int:
@@ -176,6 +172,11 @@ def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> lis
     return [pair for pair in read if pair is not None]
 
 
+def largest_of(shapes: list[Shape]) -> Shape:
+    """The one with most tokens."""
+    return max(shapes, key=lambda shape: shape.sequences * shape.tokens)
+
+
 def _shape(pairs: Sequence[Pair]) -> Shape:
     rows = {ids.tobytes(): len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)}
     return Shape(len(rows), max(rows.values()), len(pairs))
@@ -186,6 +187,7 @@ def _train(
     settings: RewardSection,
     model: PreTrainedModel,
     lengths: Lengths,
+    several: bool,
     footprint: Footprint,
 ) -> list[nn.Parameter]:
     """Validates, trains and validates, as the stage does; what learns."""
@@ -196,7 +198,7 @@ def _train(
     validated = 2 * min(VALIDATION_PAIRS, max(1, lengths.pairs))
 
     def loss(shape: Shape) -> Tensor:
-        with passes.computing(context.machine, context.recipe.precision):
+        with passes.computing(context.machine):
             read = passes.ids(shape.sequences, shape.tokens)
             logits = adapted(input_ids=read, attention_mask=passes.ids(shape.sequences, shape.tokens)).logits
         both = logits[torch.zeros(2, shape.pairs, dtype=torch.long)].float()
@@ -207,7 +209,7 @@ def _train(
     passes.score(footprint, model, lengths.longest, rows=validated)
     footprint.name_gradients(adapted.parameters())
     optimizer = passes.adam(learning)
-    for number, step in enumerate(lengths.steps):
-        losses = [partial(loss, shape) for shape in step]
-        passes.learn(footprint, f"a training step{'' if number else ', the first'}", optimizer, losses)
+    passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
+    if settings.epochs * lengths.pairs > settings.pairs_per_step:
+        passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
     return learning

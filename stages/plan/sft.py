@@ -37,16 +37,12 @@ class Shape(NamedTuple):
 class Lengths(NamedTuple):
     """What is known of the conversations."""
 
-    steps: list[list[Shape]]  # the microbatches of some steps, that with most tokens among them
+    first: Shape  # the microbatch with most tokens in the first step, when the optimiser has no state yet
+    largest: Shape  # and in all others
     mean: float  # tokens of a conversation
     validation: int  # tokens of the longest one
     validated: int  # how many there are
     prompts: list[int]  # tokens of those that are answered
-
-    @property
-    def largest(self) -> Shape:
-        """The microbatch with most tokens."""
-        return max((shape for step in self.steps for shape in step), key=lambda shape: shape.rows * shape.tokens)
 
 
 def plan(context: Context) -> StagePlan:
@@ -60,15 +56,15 @@ def plan(context: Context) -> StagePlan:
     lengths = _lengths(context, settings, beginning, size, found)
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
-            model = passes.causal_lm(beginning.config)
+            model = passes.causal_lm(beginning.config, context.machine)
             plain = count_parameters(model)
             if settings.lora and settings.lora.quantised:
                 passes.in_four_bits(model)
         adapted: nn.Module = add_adapters(model, settings.lora, "sft.lora") if settings.lora else model
         learning = passes.trained(adapted)
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
-        _go_through(context, settings, model, adapted, lengths, footprint)
-    found.memory = memory_of(footprint, machine)
+        _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
+    found.memory = memory_of(footprint, machine, model)
     dialogues = settings.steps * settings.dialogues_per_step
     found.tokens = lengths.mean * dialogues
     backward = 6.0 if settings.lora is None else 4.0  # the frozen weights have no gradient of their own
@@ -85,9 +81,9 @@ def plan(context: Context) -> StagePlan:
 def _lengths(context: Context, settings: SftSection, beginning: Beginning, size: int, found: StagePlan) -> Lengths:
     """From the first rows of the data; from the recipe's limits where they or the tokenizer aren't here."""
     most = settings.max_tokens
-    whole = [Shape(size, most, most)] * passes.STEPS
     prompt = max(1, most - settings.sampling.max_tokens)
-    unknown = Lengths([whole] * passes.STEPS, most, most, VALIDATED_AT_ONCE, [prompt] * settings.sampled_prompts)
+    whole = Shape(size, most, most)
+    unknown = Lengths(whole, whole, most, most, VALIDATED_AT_ONCE, [prompt] * settings.sampled_prompts)
     recipe, tokenizer = context.recipe, beginning.tokenizer
     if tokenizer is None:
         found.unchecked.append("the conversations: the tokenizer isn't here yet; all are taken to be max_tokens long")
@@ -107,22 +103,26 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     found.shown = marked(tokenizer, train.chats[0]).plain
     seed = derive_seed(recipe.seed, "sft", "order")
     places = training_order([len(chat.ids) for chat in train.chats], settings.dialogues_per_step, settings.steps, seed)
-    each = settings.dialogues_per_step
-    steps = [places[start : start + each] for start in range(0, len(places), each)]
-    shapes = [
-        [_shape(settings, [train.chats[place] for place in step[at : at + size]]) for at in range(0, each, size)]
-        for step in steps
-    ]
+    batches = [places[start : start + size] for start in range(0, len(places), size)]  # a step is so many whole ones
+    shapes = [_shape(settings, [train.chats[place] for place in batch]) for batch in batches]
+    each = settings.dialogues_per_step // size
+    first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
     if len(train.chats) >= ROWS_READ:
-        shapes += unknown.steps
+        largest = unknown.largest
     prompts = [len(encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
     return Lengths(
-        passes.telling(shapes, lambda shape: shape.rows * shape.tokens),
+        first,
+        largest,
         sum(len(chat.ids) for chat in train.chats) / len(train.chats),
         max(len(chat.ids) for chat in validation.chats),
         len(validation.chats),
         prompts,
     )
+
+
+def largest_of(shapes: list[Shape]) -> Shape:
+    """The one with most tokens."""
+    return max(shapes, key=lambda shape: shape.rows * shape.tokens)
 
 
 def _shape(settings: SftSection, chats: list[EncodedChat]) -> Shape:
@@ -141,6 +141,7 @@ def _go_through(
     plain: PreTrainedModel,
     model: nn.Module,
     lengths: Lengths,
+    several: bool,
     footprint: Footprint,
 ) -> None:
     """Validates, trains, validates and draws, as the stage does."""
@@ -155,7 +156,7 @@ def _go_through(
 
     def loss(shape: Shape) -> Tensor:
         columns = torch.zeros(shape.trained, dtype=torch.long)
-        with passes.computing(context.machine, context.recipe.precision):
+        with passes.computing(context.machine):
             read = passes.ids(shape.rows, shape.tokens)
             logits = model(input_ids=read, use_cache=False, logits_to_keep=columns).logits
             targets = passes.ids(shape.rows, shape.trained)
@@ -165,16 +166,14 @@ def _go_through(
     model.train()
     footprint.name_gradients(model.parameters())
     optimizer = passes.adam(passes.trained(model))
-    for number, step in enumerate(lengths.steps[: settings.steps]):
-        losses = [partial(loss, shape) for shape in step]
-        passes.learn(footprint, f"a training step{'' if number else ', the first'}", optimizer, losses)
-        if settings.early_stopping and number == 0:
-            with footprint.role(BEST):
-                best = [parameter.detach().clone() for parameter in passes.trained(model)]
+    passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
+    with footprint.role(BEST):
+        best = [p.detach().clone() for p in passes.trained(model)] if settings.early_stopping else []
+    if settings.steps > 1:
+        passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
     model.eval()
     validate()
     del optimizer
     drawing = Drawing(**settings.sampling.model_dump())
     passes.draw(footprint, plain, lengths.prompts, drawing)
-    if settings.early_stopping:
-        del best
+    del best
