@@ -172,7 +172,7 @@ def planted(self, places):
     loss = whole(self, places)
     seen.append(self.step)
     if self.step == 60 and self.job.team.rank == 1 and seen.count(60) <= int(os.environ["TIMES"]):
-        next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        next(iter(self.learner.parameters())).grad.fill_(float("nan"))
     return loss
 training.Training.add_gradient = planted
 from rlhf.worker import leave, main
