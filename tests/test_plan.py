@@ -173,13 +173,15 @@ def test_a_base_in_four_bits_takes_an_eighth() -> None:
 
 
 def test_in_pieces_each_process_holds_its_share() -> None:
-    whole = plan_stage(context("model.width=256"), "pretrain").memory
-    recipe = load_recipe(str(TINY_RECIPE), ["model.width=256"])
+    large = ("model.width=256", "model.layers=4", "pretrain.tokens_per_step=16384", "pretrain.microbatch_size=64")
+    whole = plan_stage(context(*large, processes=4), "pretrain").memory
+    recipe = load_recipe(str(TINY_RECIPE), list(large))
     pieces = plan_stage(Context(recipe, RunDir(Path("nowhere")), Machine(4, 0, sharded=True)), "pretrain").memory
     assert whole is not None and pieces is not None
     for role in ("weights", OPTIMISER):
         assert pieces.roles[role] == pytest.approx(whole.roles[role] / 4, rel=0.01)
     layer = 4 * 256**2 + 3 * 256 * 672 + 2 * 256
+    assert "step" in pieces.phase  # two layers at a time, and what stands outside of them
     assert pieces.roles["weights gathered from their pieces"] == 4 * (600 * 256 + 256 + 2 * layer)
 
 
