@@ -6,7 +6,6 @@ while the bytes that each operation makes and drops are counted. So what is coun
 architecture, and not what a formula remembers of it.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +39,14 @@ class Moment(NamedTuple):
         return sum(self.roles.values())
 
 
+class _Live(NamedTuple):
+    """A storage that was there when it was last looked at."""
+
+    storage: StorageWeakRef
+    size: int  # bytes
+    role: str
+
+
 class Footprint(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes, until nothing holds it any more."""
 
@@ -46,9 +54,9 @@ class Footprint(TorchDispatchMode):
         super().__init__()
         self.moments: list[Moment] = []  # of each phase, in order
         self._role = WORKING
-        self._live: dict[int, tuple[int, str]] = {}  # by storage: bytes, role
-        self._roles: Counter[str] = Counter()
-        self._total = self._most = 0  # bytes; since the phase began at most
+        self._live: dict[int, _Live] = {}  # by storage; what has gone since the last look is among them
+        self._roles: Counter[str] = Counter()  # bytes
+        self._total = self._most = 0  # bytes; in this phase at most
         self._largest = Moment("", {})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,17 +73,20 @@ class Footprint(TorchDispatchMode):
         if key in self._live:
             return
         size = storage.nbytes()
-        self._live[key] = size, self._role
+        self._live[key] = _Live(StorageWeakRef(storage), size, self._role)
         self._roles[self._role] += size
-        weakref.finalize(storage, self._drop, key).atexit = False
         self._total += size
+        if self._total > self._most:
+            self._forget_the_gone()
         if self._total > self._most:
             self._most, self._largest = self._total, Moment(self._largest.phase, dict(self._roles))
 
-    def _drop(self, key: int) -> None:
-        size, role = self._live.pop(key)
-        self._roles[role] -= size
-        self._total -= size
+    def _forget_the_gone(self) -> None:
+        """Takes out what nothing holds any more. It is looked for where it matters, and not at every operation."""
+        for key in [key for key, live in self._live.items() if live.storage.expired()]:
+            _, size, role = self._live.pop(key)
+            self._roles[role] -= size
+            self._total -= size
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
@@ -91,10 +102,11 @@ class Footprint(TorchDispatchMode):
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._live:
-                size, before = self._live[key]
-                self._live[key] = size, role
-                self._roles[before] -= size
-                self._roles[role] += size
+                live = self._live[key]
+                self._live[key] = live._replace(role=role)
+                self._roles[live.role] -= live.size
+                self._roles[role] += live.size
+        self._forget_the_gone()
         if self._total == self._most:  # it's now that memory is largest
             self._largest = Moment(self._largest.phase, dict(self._roles))
 
@@ -109,6 +121,7 @@ class Footprint(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Notes how large memory is at most within."""
+        self._forget_the_gone()
         self._most, self._largest = self._total, Moment(name, dict(self._roles))
         yield
         self.moments.append(self._largest)

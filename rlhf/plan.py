@@ -86,7 +86,9 @@ def _plans(
         _print(f"plan: {recipe.name} for {machine}")
     plans = []
     for number, stage in enumerate(wanted, 1):
-        with console.status(f"plan: {stage}"), quiet_libraries():
+        if console.is_terminal:  # no spinner: its thread would free tensors in the midst of torch's own work on them
+            console.print(f"[dim]planning {stage} ({number} of {len(wanted)})[/dim]", end="\r")
+        with quiet_libraries():
             found = plan_stage(context, stage)
             found.advice += _advice(context, found)
         plans.append(found)
