@@ -138,6 +138,16 @@ def tracing() -> Iterator[Footprint]:
     with ExitStack() as stack:
         # a module's tensors can't be exchanged here, and are on the CPU in float32 already
         stack.enter_context(patch.object(nn.Module, "to", lambda module, *_, **__: module))
+        # torch's own copy of a tensor without contents is a real one in memory that nobody has given it
+        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(footprint)
         yield footprint
+
+
+def _copied(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
+    """What copy.deepcopy makes of a tensor without contents."""
+    if id(tensor) not in memo:
+        copy = tensor.detach().clone()
+        memo[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    return memo[id(tensor)]

@@ -178,7 +178,7 @@ def _in_all(context: Context, plans: list[StagePlan]) -> str:
     lines = [f"\nin all: {_times(context, plans)}; disk {_gib(disk)} ({_gib(free)} free)"]
     if disk > free:
         lines.append("the disk has no room for it: checkpoints.keep=1, or another --runs-dir")
-    large = [plan.stage for plan in plans if plan.advice]
+    large = [*(plan.stage for plan in plans if plan.advice), *(["the disk"] if disk > free else [])]
     lines.append(f"does not fit: {', '.join(large)}; see above" if large else "everything fits")
     unchecked = [plan.stage for plan in plans if plan.unchecked]
     if unchecked:

@@ -1,5 +1,6 @@
 """Plans: memory counted without numbers, what is refused, what is told, what to change."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_what_is_counted_without_numbers_is_what_there_is_with_them(kind: str) -
     assert without == pytest.approx(found, rel=0.05)  # some backward passes are split otherwise
 
 
+def test_a_copy_has_no_contents_either() -> None:
+    """Torch's own would be a tensor whose memory belongs to somebody else: what is written to it breaks the process."""
+    with tracing() as footprint, footprint.phase("copy"):
+        layer = nn.Linear(10, 5)
+        made = copy.deepcopy(layer)
+        assert is_traced(made.weight) and isinstance(made.weight, nn.Parameter) and made.weight is not layer.weight
+        tied = nn.ModuleList([layer, layer])
+        both = copy.deepcopy(tied)
+        assert both[0].weight is both[1].weight
+    assert footprint.peak().total == 3 * 4 * 55
+
+
 def test_a_model_without_numbers_is_asked_by_its_configuration() -> None:
     with tracing():
         plain = build_causal_lm(LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
@@ -180,6 +193,7 @@ def test_in_pieces_each_process_holds_its_share() -> None:
     assert whole is not None and pieces is not None
     for role in ("weights", OPTIMISER):
         assert pieces.roles[role] == pytest.approx(whole.roles[role] / 4, rel=0.01)
+    assert whole.roles["gradients on their way (DDP)"] == pytest.approx(whole.roles["weights"], rel=0.01)
     layer = 4 * 256**2 + 3 * 256 * 672 + 2 * 256
     assert "step" in pieces.phase  # two layers at a time, and what stands outside of them
     assert pieces.roles["weights gathered from their pieces"] == 4 * (600 * 256 + 256 + 2 * layer)
@@ -224,8 +238,8 @@ def test_the_command_tells_all_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_planned_for_a_small_gpu_it_says_what_to_change(tmp_path: Path) -> None:
-    overrides = ("model.width=512", "model.layers=8", "pretrain.tokens_per_step=65536", "pretrain.microbatch_size=1024")
-    options = ("--gpus", "1", "--gpu-memory", "2", "--stage", "pretrain")
+    overrides = ("model.width=512", "model.layers=2", "pretrain.tokens_per_step=65536", "pretrain.microbatch_size=1024")
+    options = ("--gpus", "1", "--gpu-memory", "1", "--stage", "pretrain")
     said = rlhf("plan", "--recipe", str(TINY_RECIPE), *overrides, *options, cwd=tmp_path)
     assert "too large" in said and "does not fit: pretrain" in said
     (told,) = (line for line in said.splitlines() if "too large" in line)

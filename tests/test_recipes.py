@@ -11,7 +11,9 @@ from rlhf.data import sources
 from rlhf.data.reader import Faults
 from rlhf.data.rows import Kind
 from rlhf.errors import DataError
+from rlhf.plan import machine_of, run_plan
 from rlhf.recipe import Recipe, Source, load_recipe, shipped_recipes
+from stages.plan import Machine
 from tests.conftest import rlhf
 from tests.hub import make_base, make_data_sets
 
@@ -124,7 +126,45 @@ def test_a_bad_row_of_a_data_set_is_named(here: Path) -> None:
         read(pairs, "comparisons", "error")
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_it_plans_on_small_data_out_of_the_hubs_reach(
+    here: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    overrides = ["model.layers=2"] if name.startswith("gpt2") else [f"base={_base(here, tokenizer)}"]
+    recipe = load_recipe(name, overrides)
+    run_plan(recipe, recipe.stages, here / "runs", Machine(1, 0), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["stages"]) == list(recipe.stages)
+    for stage, found in told["stages"].items():
+        assert not found["unchecked"] or name.startswith("gpt2"), (stage, found["unchecked"])
+        assert stage == "tokenizer" or found["memory_mib"] > 100
+    assert all(found["fits"] for found in told["stages"].values())
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_it_plans_without_its_data_and_fits_what_it_is_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Out of the hub's reach the shapes of the bases are known, and rows are taken to be as long as may be."""
+    if name == "chat-8b":
+        pytest.skip("the same as chat-0.5b, and takes a minute")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name)
+    run_plan(recipe, recipe.stages, tmp_path / "runs", machine_of(recipe, None, None, None), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert all(found["fits"] for found in told["stages"].values())
+    assert told["stages"]["pretrain" if name.startswith("gpt2") else "ppo"]["unchecked"]
+
+
 # The stages
+
+
+def _base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A tiny model, made once."""
+    path = folder / "a-base"
+    if not path.is_dir():
+        make_base(path, tokenizer)
+    return path
 
 
 def summaries(run: Path, stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -54,12 +54,14 @@ class Memory(NamedTuple):
 
 
 HOLES, HOLES_SHARE = "holes between them (the C library's)", 0.22  # of all that was not read from a file
+BUCKETS = "gradients on their way (DDP)"
 LIBRARIES, FIRST_USE = "the libraries' own", 160 * 2**20
 
 
-def memory_of(footprint: Footprint, machine: Machine, learner: nn.Module | None = None) -> Memory:
-    """What a footprint means on a machine; `learner` is the model that learns, where one does.
+def memory_of(footprint: Footprint, machine: Machine, learner: nn.Module | None = None, trained: int = 0) -> Memory:
+    """What a footprint means on a machine; `learner` is the model that learns, `trained` how many numbers do.
 
+    Several processes with whole models hold each gradient twice, the second time in DDP's buckets.
     On a CPU more comes on top, as was measured on models of 60 to 130 million parameters (scripts/bench_plan): what is
     freed leaves holes that the next tensor doesn't fit (glibc's posix_memalign needs more than what was freed), about
     a fifth of what is not read from files; and kernels, packed factors and what else is made at first use.
@@ -70,6 +72,8 @@ def memory_of(footprint: Footprint, machine: Machine, learner: nn.Module | None 
         moments = [_in_pieces(moment, machine, learner) for moment in moments]
     peak = max(moments, key=lambda moment: moment.total)
     roles = {name: size for name, size in peak.roles.items() if size}
+    if machine.processes > 1 and not machine.sharded and trained:
+        roles[BUCKETS] = 4 * trained
     if not machine.on_gpus:
         made = sum(size for name, size in roles.items() if not name.endswith("weights"))
         roles |= {HOLES: round(HOLES_SHARE * made), LIBRARIES: FIRST_USE}
@@ -168,8 +172,11 @@ class Context(NamedTuple):
 
 
 def first_rows(sources: Iterable[Source], rows: int = ROWS_READ) -> tuple[Source, ...]:
-    """The sources, of which only the first rows are read; the hub's are streamed."""
-    return tuple(
-        source.model_copy(update={"rows": min(source.rows or rows, rows), "streaming": bool(source.hub)})
-        for source in sources
-    )
+    """The sources, of which only the first rows are read; those that are on the hub are streamed, not downloaded."""
+    found = []
+    for source in sources:
+        change: dict[str, Any] = {"rows": min(source.rows or rows, rows)}
+        if source.hub and not Path(source.hub).is_dir():
+            change |= {"streaming": True, "split": source.split.partition("[")[0]}  # a stream has no slices
+        found.append(source.model_copy(update=change))
+    return tuple(found)

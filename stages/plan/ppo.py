@@ -58,7 +58,7 @@ def plan(context: Context) -> StagePlan:
         found.parameters = models.parameters
         found.trained = sum(p.numel() for p in (*models.policy_parameters, *models.critic_parameters))
         layers = models.policy.config.get_text_config().num_hidden_layers
-    found.memory = memory_of(footprint, machine, models.policy)
+    found.memory = memory_of(footprint, machine, models.policy, found.trained)
     mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
     episodes = settings.updates * settings.episodes_per_update
     found.tokens = episodes * mean

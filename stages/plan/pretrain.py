@@ -42,7 +42,7 @@ def plan(context: Context) -> StagePlan:
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
         _go_through(context, settings, beginning, schedule, size, model, footprint)
     found.tokens = schedule.tokens
-    found.memory = memory_of(footprint, context.machine, model)
+    found.memory = memory_of(footprint, context.machine, model, found.trained)
     rows = schedule.parts[-1].rows // context.machine.processes
     found.lines = [
         f"{schedule.describe()}; {context.machine.processes} processes x {-(-rows // size)} microbatches x "

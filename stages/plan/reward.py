@@ -81,7 +81,7 @@ def plan(context: Context) -> StagePlan:
             learning = _train(context, settings, model, lengths, steps > 1, footprint)
             found.trained = sum(parameter.numel() for parameter in learning)
         passes.score(footprint, model, lengths.longest, rows=drawn)
-    found.memory = memory_of(footprint, machine, model)
+    found.memory = memory_of(footprint, machine, model, found.trained)
     found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)
