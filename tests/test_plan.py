@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
-from rlhf.errors import UserError
+from rlhf.errors import RlhfError, UserError
 from rlhf.footprint import GRADIENTS, OPTIMISER, WORKING, Footprint, is_traced, tracing
 from rlhf.likelihood import head_stands_apart
 from rlhf.model import accelerator_bytes, build_causal_lm, count_parameters, planning_for
-from rlhf.plan import machine_of
+from rlhf.plan import machine_of, run_plan
 from rlhf.recipe import load_recipe
 from rlhf.rundir import RunDir
 from stages.plan import GIB, Context, Machine, plan_stage
@@ -237,22 +237,29 @@ def test_the_command_tells_all_and_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_planned_for_a_small_gpu_it_says_what_to_change(tmp_path: Path) -> None:
-    overrides = ("model.width=512", "model.layers=2", "pretrain.tokens_per_step=65536", "pretrain.microbatch_size=1024")
-    options = ("--gpus", "1", "--gpu-memory", "1", "--stage", "pretrain")
-    said = rlhf("plan", "--recipe", str(TINY_RECIPE), *overrides, *options, cwd=tmp_path)
-    assert "too large" in said and "does not fit: pretrain" in said
-    (told,) = (line for line in said.splitlines() if "too large" in line)
-    change = told.split(": with ")[1].split(" it fits")[0]
-    again = rlhf("plan", "--recipe", str(TINY_RECIPE), *overrides, *change.split(), *options, cwd=tmp_path)
-    assert "everything fits" in again
+def test_planned_for_a_small_gpu_it_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model.width=512", "pretrain.tokens_per_step=65536", "pretrain.microbatch_size=1024"]
+
+    def said(*more: str) -> str:
+        recipe = load_recipe(str(TINY_RECIPE), [*overrides, *more])
+        run_plan(recipe, ("pretrain",), tmp_path, Machine(1, GIB, bfloat16=True), as_json=False)
+        return capsys.readouterr().out
+
+    first = said()
+    assert "does not fit: pretrain" in first
+    (told,) = (line for line in first.splitlines() if "too large" in line)
+    assert "everything fits" in said(*told.split(": with ")[1].split(" it fits")[0].split())
 
 
-def test_a_finished_chain_is_planned_with_its_own_tokenizer(finished_chain: Path) -> None:
+def test_a_finished_chain_is_planned_with_its_own_tokenizer(
+    finished_chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = rlhf("run", "all", "--recipe", str(TINY_RECIPE), "--dry-run", cwd=finished_chain)
     assert "done, would be skipped" in said and "⟦" in said and "isn't here yet" not in said
-    told = rlhf("plan", "--recipe", str(TINY_RECIPE), "--json", cwd=finished_chain)
-    found, _ = json.JSONDecoder().raw_decode(told)  # what stands behind it was said on stderr
+    recipe = load_recipe(str(TINY_RECIPE))
+    capsys.readouterr()
+    run_plan(recipe, recipe.stages, finished_chain / "runs", Machine(1, 0), as_json=True)
+    found = json.loads(capsys.readouterr().out)
     for stage in ("pretrain", "sft", "reward", "ppo", "evaluate"):
         summary = json.loads((finished_chain / "runs/tiny" / stage / "summary.json").read_text())
         assert found["stages"][stage]["memory_mib"] > 100
@@ -265,16 +272,18 @@ def test_a_finished_chain_is_planned_with_its_own_tokenizer(finished_chain: Path
     [
         ("sft.train=[{path: missing.jsonl}]", "missing.jsonl"),
         ("sft.train=[{path: bad.jsonl}]", "bad.jsonl, line 2"),
-        ("sft.dialogues_per_step=15 sft.microbatch_size=4", "does not divide"),
+        ("sft.dialogues_per_step=15 & sft.microbatch_size=4", "does not divide"),
     ],
 )
-def test_what_a_run_would_refuse_is_refused(tmp_path: Path, finished_chain: Path, override: str, told: str) -> None:
+def test_what_a_run_would_refuse_is_refused(
+    tmp_path: Path, finished_chain: Path, monkeypatch: pytest.MonkeyPatch, override: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     good = '{"prompt": "a", "completion": "b"}\n'
     (tmp_path / "bad.jsonl").write_text(good + '{"prompt": "a"}\n')
-    runs = ("--runs-dir", str(finished_chain / "runs"))
-    options = (*override.split(" sft.", 1),) if " sft." in override else (override,)
-    options = tuple(each if each.startswith("sft.") else f"sft.{each}" for each in options)
-    assert told in rlhf("plan", "--recipe", str(TINY_RECIPE), *options, *runs, cwd=tmp_path, code=2)
+    recipe = load_recipe(str(TINY_RECIPE), override.split(" & "))
+    with pytest.raises(RlhfError, match=told):
+        run_plan(recipe, ("sft",), finished_chain / "runs", Machine(1, 0), as_json=False)
 
 
 def test_parameters_are_counted_once() -> None:

@@ -124,7 +124,7 @@ def test_stop_says_what_happened(corpora: Path) -> None:
     assert not (directory / "summary.json").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_through_ramp_and_rollback_it_ends_bitwise_equal(corpora: Path, processes: int) -> None:
     """kill -9 in the ramp, and at the spike or right after going back."""
     often, many = "checkpoints.every_steps=7", ("--processes", str(processes))

@@ -141,13 +141,13 @@ def test_it_plans_on_small_data_out_of_the_hubs_reach(
     assert all(found["fits"] for found in told["stages"].values())
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", ["gpt2-124m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chat-0.5b", "chat-1b", "chat-8b"))]
+)
 def test_it_plans_without_its_data_and_fits_what_it_is_made_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """Out of the hub's reach the shapes of the bases are known, and rows are taken to be as long as may be."""
-    if name == "chat-8b":
-        pytest.skip("the same as chat-0.5b, and takes a minute")
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name)
     run_plan(recipe, recipe.stages, tmp_path / "runs", machine_of(recipe, None, None, None), as_json=True)

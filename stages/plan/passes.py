@@ -180,12 +180,13 @@ def draw(
         decoder = Decoder(model, min(batch, len(prompts)), max(prompts) + drawing.max_tokens, room)
         plain = Drawing(max_tokens=drawing.max_tokens, temperature=drawing.temperature)
         waiting = sorted(prompts)[: decoder.slots]
-        joined = 0
+        joined, before = 0, list[int]()
         for group in _groups(waiting, room // 4 // decoder.token_bytes):
-            logits, layers = decoder.prefill([[0] * length for length in group])
-            draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
+            if group != before:  # one like the last is as large
+                logits, layers = decoder.prefill([[0] * length for length in group])
+                draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
             decoder.join(layers, list(range(len(group))), list(range(joined, joined + len(group))))
-            joined += len(group)
+            joined, before = joined + len(group), group
         for step in range(DECODED):
             width = waiting[-1] + 1 + step * (drawing.max_tokens - 1) // max(1, DECODED - 1)
             found = decoder.step(ids(1, joined)[0], ids(1, joined)[0], width)
