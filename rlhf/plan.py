@@ -18,7 +18,7 @@ from rich.console import Console
 from rlhf.chain import check_gate, check_inputs, state_of
 from rlhf.errors import UserError
 from rlhf.launch_file import find_launch_file, read_launch_file
-from rlhf.recipe import Recipe, StageName
+from rlhf.recipe import LoraSection, Recipe, StageName, microbatches
 from rlhf.rundir import RunDir
 from rlhf.runtime import quiet_libraries, visible
 from stages.plan import GIB, Context, Machine, StagePlan, plan_stage
@@ -86,7 +86,7 @@ def _plans(
         _print(f"plan: {recipe.name} for {machine}")
     plans = []
     for number, stage in enumerate(wanted, 1):
-        if console.is_terminal:  # no spinner: its thread would free tensors in the midst of torch's own work on them
+        if console.is_terminal:
             console.print(f"[dim]planning {stage} ({number} of {len(wanted)})[/dim]", end="\r")
         with quiet_libraries():
             found = plan_stage(context, stage)
@@ -245,8 +245,6 @@ def _fits(context: Context, plan: StagePlan) -> bool:
 
 def _alternatives(recipe: Recipe, stage: StageName, machine: Machine) -> Iterator[Alternative]:
     """Changes that need less memory, those that change no result first; each holds with those before it."""
-    from rlhf.recipe import LoraSection, microbatches
-
     section: Any = getattr(recipe, stage)
     said: list[str] = []
 
