@@ -134,6 +134,7 @@ def test_weights_of_a_course_that_was_given_up_are_not_taken_for_the_best(tmp_pa
     assert {path.stem for path in (tmp_path / "kept").iterdir()} == {"update-0", "update-1"}
 
 
+@pytest.mark.slow
 def test_the_model_that_ppo_began_with_can_be_kept(finished_chain: Path, tmp_path: Path) -> None:
     run = with_chain(finished_chain, tmp_path, "tokenizer", "pretrain", "sft", "reward")
     for layout in ("full", "adapters"):
