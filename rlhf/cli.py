@@ -7,12 +7,15 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlhf import __version__
 from rlhf.errors import Interrupted, RlhfError, UserError
+
+if TYPE_CHECKING:
+    from rlhf.recipe import Recipe
 
 app = typer.Typer(
     name="rlhf",
@@ -49,6 +52,15 @@ def _root(
     """The options that stand before a command."""
 
 
+def _recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
+    """The recipe that a command names, with its overrides."""
+    from rlhf.recipe import load_recipe
+
+    if not recipe:
+        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
+    return load_recipe(recipe, overrides or [])
+
+
 @app.command()
 def run(
     stage: Annotated[str, typer.Argument(help="all, or one of: tokenizer pretrain sft reward ppo evaluate")],
@@ -75,11 +87,8 @@ def run(
     a stale one is moved aside and redone.
     """
     from rlhf import chain
-    from rlhf.recipe import load_recipe
 
-    if not recipe:
-        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
-    settings = load_recipe(recipe, overrides or [])
+    settings = _recipe(recipe, overrides)
     wanted = chain.wanted_stages(settings, stage)
     if dry_run:
         from rlhf.plan import machine_of, run_plan
@@ -148,11 +157,7 @@ def plan(
 
     Plans for the recipe's own `hardware`, where it has any and no option says otherwise, or for this machine.
     """
-    from rlhf.recipe import load_recipe
-
-    if not recipe:
-        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
-    settings = load_recipe(recipe, overrides or [])
+    settings = _recipe(recipe, overrides)
     from rlhf.chain import wanted_stages
     from rlhf.plan import machine_of, run_plan
 
@@ -175,18 +180,16 @@ def prepare(
     `rlhf run pretrain` makes it as well, where it is missing. What a killed run has done is kept.
     """
     from rlhf.chain import run_prepare
-    from rlhf.recipe import load_recipe
     from rlhf.runtime import print_anything
 
-    if not recipe:
-        raise UserError("--recipe is missing: a file, or one of the shipped recipes (`rlhf recipes` lists them)")
+    settings = _recipe(recipe, overrides)
     print_anything()
     said = [argument for argument in sys.argv[1:] if argument not in ("prepare", "--fresh")]
 
     def again(name: str) -> str:
         return shlex.join(["rlhf", "run", name, *said])
 
-    run_prepare(load_recipe(recipe, overrides or []), runs_dir, fresh=fresh, again=again)
+    run_prepare(settings, runs_dir, fresh=fresh, again=again)
 
 
 @app.command()

@@ -269,8 +269,6 @@ def _alternatives(recipe: Recipe, stage: StageName, machine: Machine) -> Iterato
     if stage == "ppo":
         yield changed("microbatch_size=1", microbatch_size=1)
         yield changed("rollout_batch_size=16", rollout_batch_size=16)
-        for layout in ("shared", "adapters"):
-            if section.layout == "full" or (section.layout == "shared" and layout == "adapters"):
-                if said and said[-1].startswith("ppo.layout"):
-                    said.pop()
-                yield changed(f"layout={layout}", layout=layout)
+        for layout in {"full": ("shared", "adapters"), "shared": ("adapters",)}.get(section.layout, ()):
+            said[:] = [override for override in said if not override.startswith("ppo.layout")]
+            yield changed(f"layout={layout}", layout=layout)

@@ -174,6 +174,28 @@ def test_ppo_holds_what_its_layout_holds() -> None:
     assert sum(found["adapters"].values()) < sum(found["shared"].values()) < 0.7 * sum(found["full"].values())
 
 
+def test_a_shared_trunk_is_passed_once() -> None:
+    """Its policy and critic read the same states, so a step holds hardly more than the policy's own in layout full."""
+    working = {}
+    for layout in ("full", "shared"):
+        overrides = (f"ppo.layout={layout}", "ppo.sampling.max_tokens=100", "ppo.microbatch_tokens=4000")
+        plan = plan_stage(context("model.layers=8", "model.width=64", *overrides), "ppo")
+        assert plan.memory is not None and plan.memory.phase == "the policy's step"
+        working[layout] = plan.memory.roles[WORKING]
+    assert working["shared"] < 1.2 * working["full"]
+
+
+def test_every_judge_is_held() -> None:
+    one, three = (
+        plan_stage(context(*more), "ppo").memory
+        for more in ((), ("ppo.judge=[{model: reward}, {model: reward, name: a}, {model: reward, name: b}]",))
+    )
+    assert one is not None and three is not None
+    judges = {role: size for role, size in three.roles.items() if role.startswith("judge")}
+    assert len(judges) == 3 and len(set(judges.values())) == 1
+    assert sum(role.startswith("judge") for role in one.roles) == 1
+
+
 def test_a_base_in_four_bits_takes_an_eighth() -> None:
     """Of the linear layers; embeddings, norms and the activations stay."""
     plain, packed = (

@@ -1,9 +1,9 @@
 """What the stages' plans have in common: what is planned, what comes out, and the models that stages start from."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,6 +18,8 @@ from rlhf.tokenizer import load_tokenizer, token_info
 from stages.common import named_model
 from stages.plan.machine import Machine, Work
 from stages.sft import prepared
+
+T = TypeVar("T")
 
 ROWS_READ = 5000  # of each source, to know how long rows are
 
@@ -145,15 +147,12 @@ class Context(NamedTuple):
                 why = (str(error).splitlines() or [""])[0]
                 raise MissingInput(f"no configuration could be loaded from {name}: {why[:300]}") from None
             config = AutoConfig.for_model(**known)
-        tokenizer: PreTrainedTokenizerBase | None = None
-        if Path(name).is_dir():
-            tokenizer = start.tokenizer()
-        else:
-            try:
-                tokenizer = start.tokenizer()
-            except RlhfError:
-                tokenizer = None
-        return Beginning(config, tokenizer, name)
+        try:
+            return Beginning(config, start.tokenizer(), name)
+        except RlhfError:
+            if Path(name).is_dir():
+                raise
+            return Beginning(config, None, name)
 
     def _new(self) -> Beginning:
         """The model that pretrain will make."""
@@ -169,6 +168,20 @@ class Context(NamedTuple):
             special=special,
         )
         return Beginning(config, tokenizer, "random weights")
+
+
+def read_if_there(found: StagePlan, sources: Sequence[Source], what: str, read: Callable[[], T]) -> T | None:
+    """What `read` gives; None, and a word in the plan, where it fails and some of it is on the hub.
+
+    Of files alone a fault is the user's, and raised.
+    """
+    try:
+        return read()
+    except RlhfError as error:
+        if not any(source.hub for source in sources):
+            raise
+        found.unchecked.append(f"{what}: {error}")
+        return None
 
 
 def first_rows(sources: Iterable[Source], rows: int = ROWS_READ) -> tuple[Source, ...]:

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 from evaluation.branches import Row, branched_states, read_beginning
 from evaluation.fewshot import Reader, encode_questions
 from evaluation.scoring import TOKEN_BUDGET, Scorer
-from rlhf.errors import RlhfError
 from rlhf.footprint import Footprint
 from rlhf.likelihood import TokenReader
 from rlhf.model import count_parameters
@@ -20,7 +19,7 @@ from stages.common import open_data
 from stages.evaluate import tasks_of
 from stages.evaluate.answering import read_test_prompts
 from stages.plan import passes
-from stages.plan.base import Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.base import Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 
 TEXTS_READ = 50  # of each source, to know how long they are
@@ -64,16 +63,15 @@ def plan(context: Context) -> StagePlan:
 def _longest_text(context: Context, settings: EvaluateSection, beginning: Beginning, found: StagePlan) -> int:
     """Tokens of the longest window of a held-out text."""
     most = min(beginning.context, TOKEN_BUDGET)
-    if beginning.tokenizer is None or not settings.texts:
+    tokenizer = beginning.tokenizer
+    if tokenizer is None or not settings.texts:
         return most
-    try:
+
+    def longest() -> int:
         texts = open_data(context.recipe, "evaluate", first_rows(settings.texts, TEXTS_READ), "texts", "test")
-        return min(most, max(len(ids) for ids in encode_texts(beginning.tokenizer, list(texts), control=False)))
-    except RlhfError as error:
-        if not any(source.hub for source in settings.texts):
-            raise
-        found.unchecked.append(f"the texts: {error}")
-        return most
+        return max(map(len, encode_texts(tokenizer, list(texts), control=False)))
+
+    return min(most, read_if_there(found, settings.texts, "the texts", longest) or most)
 
 
 def _prompts(context: Context, beginning: Beginning, drawing: Drawing) -> list[int]:

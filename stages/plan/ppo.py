@@ -9,7 +9,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.errors import RlhfError
 from rlhf.footprint import Footprint
 from rlhf.likelihood import TokenReader
 from rlhf.model import Critic, count_parameters
@@ -19,7 +18,7 @@ from rlhf.tokenizer import encode_prompt
 from stages.common import open_data
 from stages.lora import add_adapter, target_names, using_adapter
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 from stages.ppo.episodes import microbatches_of
 from stages.ppo.roles import CRITIC, POLICY, REWARD
@@ -27,6 +26,7 @@ from stages.ppo.rollout import Budget
 
 POLICYS, CRITICS = ("policy: gradients", "policy: optimiser"), ("critic: gradients", "critic: optimiser")
 SHOWN = 1500  # characters of the first prompt
+PROMPTS_READ = 1000  # of each list
 
 
 class Models(NamedTuple):
@@ -34,8 +34,8 @@ class Models(NamedTuple):
 
     policy: PreTrainedModel
     reference: PreTrainedModel
-    judge: PreTrainedModel | None  # None: adapters on the policy's base, or Python
-    values: Callable[[Tensor], Tensor]  # the critic's, of ids
+    judges: list[PreTrainedModel]  # those that are no adapters on the policy's base, and no Python
+    values: Callable[[Tensor, Tensor], Tensor]  # the critic's, of ids and of the policy's states of them
     policy_parameters: list[nn.Parameter]
     critic_parameters: list[nn.Parameter]
     parameters: int  # of the policy, without adapters
@@ -87,20 +87,18 @@ def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found
         found.unchecked.append(f"the prompts: the tokenizer isn't here yet; all are taken to have {room} tokens")
         return [max(1, room)]
     tokenizer = beginning.tokenizer
-    try:
-        lengths: list[int] = []
-        for sources in (settings.prompts, settings.test_prompts, settings.validation_prompts or ()):
-            if sources:
-                read = open_data(context.recipe, "ppo", first_rows(sources, 1000), "prompts", "train")
-                asked = [encode_prompt(tokenizer, messages) for messages in read]
-                found.shown = found.shown or tokenizer.decode(asked[0])[:SHOWN]
-                lengths += map(len, asked)
-    except RlhfError as error:
-        if not any(source.hub for source in (*settings.prompts, *settings.test_prompts)):
-            raise
-        found.unchecked.append(f"the prompts: {error}; all are taken to have {room} tokens")
-        return [max(1, room)]
-    fit = [length for length in lengths if length <= beginning.context - settings.sampling.max_tokens]
+    lists = [each for each in (settings.prompts, settings.test_prompts, settings.validation_prompts) if each]
+
+    def read() -> list[list[int]]:
+        opened = [
+            open_data(context.recipe, "ppo", first_rows(each, PROMPTS_READ), "prompts", "train") for each in lists
+        ]
+        return [encode_prompt(tokenizer, messages) for each in opened for messages in each]
+
+    every = [source for each in lists for source in each]
+    asked = read_if_there(found, every, f"the prompts, which are taken to have {room} tokens", read) or []
+    found.shown = tokenizer.decode(asked[0])[:SHOWN] if asked else ""
+    fit = [len(ids) for ids in asked if len(ids) <= beginning.context - settings.sampling.max_tokens]
     return fit or [max(1, room)]
 
 
@@ -112,7 +110,7 @@ def _models(context: Context, settings: PpoSection, beginning: Beginning, footpr
         return _adapters(context, settings, policy, beginning, footprint)
     with footprint.role("reference: weights"):
         reference = passes.causal_lm(beginning.config, context.machine).requires_grad_(False)
-    judge = _judge(context, settings, beginning, footprint)
+    judges = _judges(context, settings, beginning, footprint)
     critic: nn.Module
     with footprint.role("critic: weights"):
         if settings.layout == "full":
@@ -122,12 +120,12 @@ def _models(context: Context, settings: PpoSection, beginning: Beginning, footpr
             critic = nn.Linear(beginning.config.get_text_config().hidden_size, 1)
     shared = settings.layout == "shared"
 
-    def values(ids: Tensor) -> Tensor:
-        found: Tensor = critic(policy.base_model(input_ids=ids, use_cache=False).last_hidden_state if shared else ids)
+    def values(ids: Tensor, states: Tensor) -> Tensor:
+        found: Tensor = critic(states if shared else ids)
         return found
 
     learning = passes.trained(policy), passes.trained(critic)
-    return Models(policy, reference, judge, values, *learning, count_parameters(policy))
+    return Models(policy, reference, judges, values, *learning, count_parameters(policy))
 
 
 def _adapters(
@@ -148,23 +146,23 @@ def _adapters(
         head = nn.Linear(base.config.get_text_config().hidden_size, 1)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(f".{POLICY}." in name or f".{CRITIC}." in name)
-    judge = None if lent else _judge(context, settings, beginning, footprint)
+    judges = [] if lent else _judges(context, settings, beginning, footprint)
 
-    def values(ids: Tensor) -> Tensor:
+    def values(ids: Tensor, states: Tensor) -> Tensor:
         with using_adapter(base, CRITIC):
             found: Tensor = head(base.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         return found
 
     named = dict(base.named_parameters())
     learns = {who: [p for name, p in named.items() if f".{who}." in name] for who in (POLICY, CRITIC)}
-    return Models(base, base, judge, values, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
+    return Models(base, base, judges, values, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
 
 
-def _judge(
+def _judges(
     context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint
-) -> PreTrainedModel | None:
-    """The models of the judges; those of the reward stage as it will be. The last one, which is read in the plan."""
-    found: PreTrainedModel | None = None
+) -> list[PreTrainedModel]:
+    """The models of the judges; that of the reward stage as it will be."""
+    found: list[PreTrainedModel] = []
     reward = context.recipe.reward
     for section in (*settings.judge, *settings.second_judge):
         if section.python or section.model is None:
@@ -174,7 +172,7 @@ def _judge(
         config = context.named(name).config if name else beginning.config
         with footprint.role(f"judge {section.title}: weights"):
             heads = reward.heads if ours and reward else getattr(config, "num_labels", 1)
-            found = passes.scorer(config, context.machine, heads).requires_grad_(False)
+            found.append(passes.scorer(config, context.machine, heads).requires_grad_(False))
     return found
 
 
@@ -199,25 +197,27 @@ def _go_through(
     several = any(len(each) > 1 for each in parts)
     reader, reference = TokenReader(models.policy), TokenReader(models.reference)
 
-    def states_of(model: PreTrainedModel, its: TokenReader, adapter: str | None, rows: int, length: int) -> Tensor:
+    def states_of(model: PreTrainedModel, its: TokenReader, adapter: str | None, ids: Tensor) -> Tensor:
         if settings.layout != "adapters":
-            return its.states(passes.ids(rows, length))
+            return its.states(ids)
         with using_adapter(model, adapter):
-            return its.states(passes.ids(rows, length))
+            return its.states(ids)
 
-    def likelihoods(model: PreTrainedModel, its: TokenReader, adapter: str | None, rows: int, length: int) -> Tensor:
-        states = states_of(model, its, adapter, rows, length)
+    def likelihoods(its: TokenReader, states: Tensor) -> Tensor:
         before = states[:, torch.zeros(new, dtype=torch.long)].flatten(0, 1)
-        return its.read(before, torch.zeros(rows * new, dtype=torch.long), settings.sampling.temperature).logprobs
+        return its.read(before, torch.zeros(len(before), dtype=torch.long), settings.sampling.temperature).logprobs
 
     def policy_loss(rows: int, length: int) -> Tensor:
         with passes.computing(machine):
-            loss = likelihoods(models.policy, reader, POLICY, rows, length).sum()
-            return loss + models.values(passes.ids(rows, length)).sum() if settings.layout == "shared" else loss
+            ids = passes.ids(rows, length)
+            states = states_of(models.policy, reader, POLICY, ids)
+            loss = likelihoods(reader, states).sum()
+            return loss + models.values(ids, states).sum() if settings.layout == "shared" else loss
 
     def value_loss(rows: int, length: int) -> Tensor:
         with passes.computing(machine):
-            return models.values(passes.ids(rows, length)).float().sum()
+            ids = passes.ids(rows, length)
+            return models.values(ids, ids).float().sum()
 
     policy_moves = passes.adam(models.policy_parameters)
     critic_moves = passes.adam(models.critic_parameters)
@@ -228,11 +228,13 @@ def _go_through(
         passes.have_state(footprint, critic_moves, *CRITICS)
     with passes.computing(machine):
         passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size)
-        if models.judge is not None:
-            passes.score(footprint, models.judge, longest, mine)
+        for judge in models.judges:
+            passes.score(footprint, judge, longest, mine)
         with footprint.phase("reference and critic"), torch.inference_mode():
-            likelihoods(models.reference, reference, None, *largest)
-            models.values(passes.ids(*largest))
+            ids = passes.ids(*largest)
+            states = states_of(models.reference, reference, None, ids)
+            likelihoods(reference, states)
+            models.values(ids, states)
     for phase, optimizer, loss, (gradients, optimiser) in (
         ("the policy's step", policy_moves, policy_loss, POLICYS),
         ("the critic's step", critic_moves, value_loss, CRITICS),

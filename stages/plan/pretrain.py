@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.errors import RlhfError
 from rlhf.footprint import Footprint
 from rlhf.model import accelerator_bytes, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, microbatches
 from stages.common import open_data
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -21,6 +20,7 @@ from stages.pretrain.speed import flops_per_token
 from stages.pretrain.training import BETAS, EPSILON
 
 SHOWN = 300  # characters of the first document
+TEXTS_READ = 20  # of each source
 GOOD_STATES = "good states, to go back to after a spike"
 
 
@@ -60,14 +60,13 @@ def plan(context: Context) -> StagePlan:
 
 def _read(context: Context, settings: PretrainSection, found: StagePlan) -> None:
     """Looks at the first of the training texts."""
-    try:
-        texts = open_data(context.recipe, "pretrain", first_rows(settings.train, 20), "texts", "train")
-        found.shown = next(iter(texts))[:SHOWN]
-        list(open_data(context.recipe, "pretrain", first_rows(settings.validation, 20), "texts", "validation"))
-    except RlhfError as error:
-        if not any(source.hub for source in (*settings.train, *settings.validation)):
-            raise
-        found.unchecked.append(f"the texts: {error}")
+
+    def read() -> str:
+        list(open_data(context.recipe, "pretrain", first_rows(settings.validation, TEXTS_READ), "texts", "validation"))
+        texts = open_data(context.recipe, "pretrain", first_rows(settings.train, TEXTS_READ), "texts", "train")
+        return str(next(iter(texts)))[:SHOWN]
+
+    found.shown = read_if_there(found, (*settings.train, *settings.validation), "the texts", read) or ""
 
 
 def _go_through(

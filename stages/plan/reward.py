@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.errors import RlhfError
 from rlhf.footprint import Footprint
 from rlhf.functional.bradley_terry import preference_loss
 from rlhf.model import count_parameters
@@ -18,7 +17,7 @@ from rlhf.tokenizer import encode_prompt, prepare_for_chat
 from stages.common import open_data
 from stages.lora import add_adapters
 from stages.plan import passes
-from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 from stages.reward.normalise import reference_way
 from stages.reward.reading import Judge, Pair, Reading
@@ -127,14 +126,15 @@ def _lengths(
     if not settings.from_:
         prepare_for_chat(beginning.tokenizer, "rlhf")
     reading = Reading(Judge(model, beginning.tokenizer, True, True, []), settings)
-    try:
-        train = _pairs(context, reading, settings.train)
-        test = _pairs(context, reading, settings.test)
-    except RlhfError as error:
-        if not any(source.hub for source in (*settings.train, *settings.test)):
-            raise
-        found.unchecked.append(f"the comparisons: {error}; all are taken to be max_tokens long")
+    read = read_if_there(
+        found,
+        (*settings.train, *settings.test),
+        "the comparisons, which are taken to be max_tokens long",
+        lambda: [_pairs(context, reading, sources) for sources in (settings.train, settings.test)],
+    )
+    if read is None:
         return unknown
+    train, test = read
     pairs = train or test
     if not pairs:
         return unknown._replace(pairs=0)

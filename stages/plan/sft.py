@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from rlhf.errors import RlhfError
 from rlhf.footprint import Footprint
 from rlhf.model import count_parameters
 from rlhf.recipe import SftSection, microbatches
@@ -19,7 +18,7 @@ from stages.common import training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
-from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of
+from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 from stages.sft import LOGITS, VALIDATED_AT_ONCE, dialogues_of, marked, prepared
 
@@ -89,17 +88,16 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
         found.unchecked.append("the conversations: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
     prepared(recipe, settings, beginning.name, tokenizer)
-    try:
-        read = settings.model_copy(
-            update={"train": first_rows(settings.train), "validation": first_rows(settings.validation)}
-        )
-        train = dialogues_of(recipe, read, tokenizer, "train")
-        validation = dialogues_of(recipe, read, tokenizer, "validation")
-    except RlhfError as error:
-        if not any(source.hub for source in (*settings.train, *settings.validation)):
-            raise
-        found.unchecked.append(f"the conversations: {error}; all are taken to be max_tokens long")
+    some = {"train": first_rows(settings.train), "validation": first_rows(settings.validation)}
+    read = read_if_there(
+        found,
+        (*settings.train, *settings.validation),
+        "the conversations, which are taken to be max_tokens long",
+        lambda: [dialogues_of(recipe, settings.model_copy(update=some), tokenizer, split) for split in some],
+    )
+    if read is None:
         return unknown
+    train, validation = read
     found.shown = marked(tokenizer, train.chats[0]).plain
     seed = derive_seed(recipe.seed, "sft", "order")
     places = training_order([len(chat.ids) for chat in train.chats], settings.dialogues_per_step, settings.steps, seed)
