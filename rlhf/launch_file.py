@@ -18,12 +18,12 @@ from rlhf.errors import RecipeError, UserError
 from rlhf.recipe import read_yaml
 
 _STAGES_OWN = "the recipe says how the stages compute"
-_DDP_ONLY = "the stages train with DDP alone"
+_TWO_WAYS = "the stages train with DDP or FSDP2"
 NOT_TAKEN = {  # Accelerate's keys that no stage follows, and why
     "fp8_config": f"{_STAGES_OWN} (precision)",
     "dynamo_config": f"{_STAGES_OWN} (pretrain.compile)",
-    "parallelism_config": _DDP_ONLY,
-    "megatron_lm_config": _DDP_ONLY,
+    "parallelism_config": _TWO_WAYS,
+    "megatron_lm_config": _TWO_WAYS,
     "mpirun_config": "processes are started by Accelerate, not by mpirun",
     **dict.fromkeys(("tpu_name", "tpu_zone", "tpu_vm", "command_file", "commands"), "no stage runs on TPUs"),
 }

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from rlhf.chain import check_gate, check_inputs, state_of
+from rlhf.choices import loading_attention
 from rlhf.errors import UserError
 from rlhf.launch_file import find_launch_file, read_launch_file
 from rlhf.recipe import LoraSection, Recipe, StageName, microbatches
@@ -42,14 +43,15 @@ def machine_of(
     config = read_launch_file(find_launch_file(launch)) if launch else None
     sharded = config is not None and config.distributed_type != "MULTI_GPU"
     count = gpus or processes or (config.num_processes if config else None)
+    attention = loading_attention(recipe)
     if gpus == 0 or (config and config.use_cpu):
-        return Machine(count or 1, 0, sharded, recipe.precision == "bfloat16")
+        return Machine(count or 1, 0, sharded, recipe.precision == "bfloat16", attention)
     here = _gpus_here() if gpu_memory is None else []
     if gpu_memory is None and gpus and not here:
         raise UserError("--gpus: say with --gpu-memory how many GiB each of them has")
     memory = round(gpu_memory * GIB) if gpu_memory else min(here, default=0)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and memory > 0)
-    return Machine(count or (len(here) if config else 1), memory, sharded, bfloat16)
+    return Machine(count or (len(here) if config else 1), memory, sharded, bfloat16, attention)
 
 
 def _gpus_here() -> list[int]:

@@ -185,6 +185,19 @@ def test_a_shared_trunk_is_passed_once() -> None:
     assert working["shared"] < 1.2 * working["full"]
 
 
+def test_attention_as_asked_for_is_what_is_counted() -> None:
+    """Eager attention holds its weights, of every head, as a square of the row: here they are most of all there is."""
+    long = ("model.context=512", "pretrain.sequence_length=512", "pretrain.tokens_per_step=1024", "model.heads=8")
+    recipe = load_recipe(str(TINY_RECIPE), [*long, "attention=eager", "model.width=64"])
+    eager, sdpa = (
+        plan_stage(Context(recipe, RunDir(Path("nowhere")), machine), "pretrain").memory
+        for machine in (machine_of(recipe, 0, None, None), Machine(1, 0))
+    )
+    assert eager is not None and sdpa is not None
+    weights = 4 * 2 * 2 * 8 * 512**2  # float32, two layers, two rows, eight heads
+    assert eager.roles[WORKING] - sdpa.roles[WORKING] > weights
+
+
 def test_every_judge_is_held() -> None:
     one, three = (
         plan_stage(context(*more), "ppo").memory

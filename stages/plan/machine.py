@@ -37,6 +37,7 @@ class Machine(NamedTuple):
     gpu_memory: int  # bytes of each process's GPU; 0: on the CPU
     sharded: bool = False  # whether weights, gradients and optimiser are shared out among the processes
     bfloat16: bool = False  # whether passes compute in it
+    attention: str | None = None  # the implementation; None: transformers' choice
 
     @property
     def on_gpus(self) -> bool:

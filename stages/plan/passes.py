@@ -40,21 +40,22 @@ def computing(machine: Machine) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _dtype(machine: Machine) -> torch.dtype:
-    """Of the weights as passes see them: pieces are gathered in the precision of the passes."""
-    return torch.bfloat16 if machine.bfloat16 and machine.sharded else torch.float32
-
-
 def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
     """A causal LM of this configuration."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=_dtype(machine))
-    return model
+    return _built(AutoModelForCausalLM, config, machine)
 
 
 def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
     """A sequence classifier of this configuration."""
     config.num_labels = heads
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=_dtype(machine))
+    return _built(AutoModelForSequenceClassification, config, machine)
+
+
+def _built(loader: Any, config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
+    """Pieces are gathered in the precision of the passes."""
+    dtype = torch.bfloat16 if machine.bfloat16 and machine.sharded else torch.float32
+    how = {"attn_implementation": machine.attention} if machine.attention else {}
+    model: PreTrainedModel = loader.from_config(config, dtype=dtype, **how)
     return model
 
 
