@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -195,10 +196,26 @@ def _model(
 # Conversations
 
 
+class Row(NamedTuple):
+    """An EncodedChat that is kept until the stage ends, as arrays: lists take ten times the memory."""
+
+    ids: np.ndarray  # int32
+    trained: np.ndarray  # bool
+
+    @classmethod
+    def of(cls, chat: EncodedChat) -> "Row":
+        """A conversation as it is kept."""
+        return cls(np.array(chat.ids, dtype=np.int32), np.array(chat.trained, dtype=np.bool_))
+
+    def chat(self) -> EncodedChat:
+        """The conversation as it was."""
+        return EncodedChat(self.ids.tolist(), self.trained.tolist())
+
+
 class Dialogues(NamedTuple):
     """The conversations of a split that can be learned from, the first ones as they were asked, and what was done."""
 
-    chats: list[EncodedChat]
+    chats: list[Row]
     asked: list[Messages]
     too_long: int  # than max_tokens: dropped or truncated
     truncated: int  # of those, the ones that are kept
@@ -235,7 +252,7 @@ def dialogues_of(recipe: Recipe, settings: SftSection, tokenizer: PreTrainedToke
 
     sources = settings.train if split == "train" else settings.validation
     dataset = open_data(recipe, "sft", sources, "conversations", "train" if split == "train" else "validation", encoded)
-    chats: list[EncodedChat] = []
+    chats: list[Row] = []
     asked: list[Messages] = []
     too_long = truncated = untrained = 0
     for prompt, chat in dataset:
@@ -250,7 +267,7 @@ def dialogues_of(recipe: Recipe, settings: SftSection, tokenizer: PreTrainedToke
                 untrained += 1
                 continue
             truncated += 1
-        chats.append(chat)
+        chats.append(Row.of(chat))
     report_faults(dataset)
     if not chats:
         raise DataError(
@@ -261,10 +278,10 @@ def dialogues_of(recipe: Recipe, settings: SftSection, tokenizer: PreTrainedToke
     return Dialogues(chats, asked, too_long, truncated, untrained)
 
 
-def _check_end(tokenizer: PreTrainedTokenizerBase, chats: list[EncodedChat], split: str) -> None:
+def _check_end(tokenizer: PreTrainedTokenizerBase, chats: list[Row], split: str) -> None:
     """Truncation takes the ends away: some must be left, or the model never learns to stop."""
     end = tokenizer.eos_token_id
-    if not any(token == end and trained for chat in chats for token, trained in zip(*chat, strict=True)):
+    if not any((chat.trained & (chat.ids == end)).any() for chat in chats):
         raise DataError(
             f"sft.{split}: the end token {tokenizer.eos_token!r} is nowhere among the trained tokens, since every "
             "conversation is truncated before it, so the model would never learn to stop; give a larger sft.max_tokens"
@@ -298,7 +315,7 @@ def _announce(
         log(f"sft: the embeddings of {names} are trained beside the adapters: the base has never learned them")
     log("sft: the first dialogue, what is trained in ⟦ ⟧:")
     if job.team.is_main:
-        Console(highlight=False, soft_wrap=True).print(marked(tokenizer, train.chats[0]))
+        Console(highlight=False, soft_wrap=True).print(marked(tokenizer, train.chats[0].chat()))
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, chat: EncodedChat) -> Text:
@@ -321,9 +338,9 @@ def _train(
     settings: SftSection,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    train: list[EncodedChat],
+    train: list[Row],
     order: list[int],
-    validation: list[EncodedChat],
+    validation: list[Row],
 ) -> Training:
     """Trains the model in place on the rows in their order."""
     size, passes = microbatches(job.recipe, "sft", job.team.size)
@@ -360,11 +377,11 @@ def _train(
     return run_trainer(trainer, model, held, job, settings.steps, figures, settings.log_every, validating)
 
 
-def _dataset(chats: list[EncodedChat]) -> Dataset:
+def _dataset(chats: list[Row]) -> Dataset:
     return Dataset.from_dict(
         {
             "input_ids": [chat.ids for chat in chats],
-            "labels": [[token if trained else IGNORED for token, trained in zip(*chat, strict=True)] for chat in chats],
+            "labels": [np.where(chat.trained, chat.ids, np.int32(IGNORED)) for chat in chats],
         }
     )
 
@@ -402,7 +419,7 @@ LOGITS = 2**25  # how many are held at a time
 VALIDATED_AT_ONCE = 64  # conversations
 
 
-def _measured_on_the_whole(team: Team, model: PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:
+def _measured_on_the_whole(team: Team, model: PeftModel, chats: list[Row]) -> dict[str, Any]:
     """The validation loss of what is saved: the adapters on the base as it was, which they weren't trained on."""
     model.eval()
     found = validation_loss(team, model, chats)
@@ -411,7 +428,7 @@ def _measured_on_the_whole(team: Team, model: PeftModel, chats: list[EncodedChat
     return {f"{name}_merged": value for name, value in found.items()}
 
 
-def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[EncodedChat]) -> dict[str, Any]:
+def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[Row]) -> dict[str, Any]:
     """Nats per trained token over all these conversations, which the ranks share: sums first, one division."""
     found = team.share(chats, partial(_nats_and_counts, model))
     if not all(math.isfinite(nats) for nats, _ in found):
@@ -425,7 +442,7 @@ def validation_loss(team: Team, model: PreTrainedModel | PeftModel, chats: list[
 
 
 @torch.no_grad()
-def _nats_and_counts(model: PreTrainedModel | PeftModel, chats: list[EncodedChat]) -> list[tuple[float, int]]:
+def _nats_and_counts(model: PreTrainedModel | PeftModel, chats: list[Row]) -> list[tuple[float, int]]:
     """The negative log-likelihood of each conversation's trained tokens, and their number."""
     pad = model.config.pad_token_id
     found: list[tuple[float, int]] = [(0.0, 0)] * len(chats)
@@ -437,7 +454,8 @@ def _nats_and_counts(model: PreTrainedModel | PeftModel, chats: list[EncodedChat
         ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.bool)
         for place, row in enumerate(rows):
             length = len(chats[row].ids)
-            ids[place, :length], mask[place, :length] = torch.tensor(chats[row].ids), torch.tensor(chats[row].trained)
+            ids[place, :length] = torch.from_numpy(chats[row].ids)
+            mask[place, :length] = torch.from_numpy(chats[row].trained)
         ids, counted = ids.to(model.device), mask[:, 1:].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1][counted].float()
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:][counted].unsqueeze(-1)).squeeze(-1)
@@ -466,7 +484,7 @@ def _share_ended(
     ended = sum(response.ended for response in responses)
     if ended < settings.ended_warning * len(responses):
         most = settings.sampling.max_tokens
-        longer = sum(sum(last_turn_only(chat).trained) > most for chat in validation.chats)
+        longer = sum(sum(last_turn_only(row.chat()).trained) > most for row in validation.chats)
         log(
             f"sft: warning: only {ended} of {len(responses)} sampled responses end by themselves within {most} tokens "
             f"(sft.sampling.max_tokens); {longer} of {len(validation.chats)} answers in the validation data are longer "

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from rlhf.team import Team
 from rlhf.templates import CHAT_TEMPLATES
 from rlhf.tokenizer import encode_chat, encode_texts
 from stages.packing import IGNORED, PackingCollator, check_isolation, fitted
-from stages.sft import Dialogues, dialogues_of, marked, prepared, validation_loss
+from stages.sft import Dialogues, Row, dialogues_of, marked, prepared, validation_loss
 from stages.sft_trainer import LeanSFTTrainer
 from stages.trl_glue import Progress, Validation, Validator
 from tests.conftest import TINY_RECIPE, rlhf
@@ -200,7 +201,7 @@ def read(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, 
 def test_long_rows_are_dropped_and_counted(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     found = read(tmp_path, chat_tokenizer, [SHORT, LONG_ANSWER, LONG_QUESTION, SHORT])
     whole = encode_chat(chat_tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    assert found.chats == [whole, whole]
+    assert [row.chat() for row in found.chats] == [whole, whole]
     assert found.facts("dialogues") == {
         "dialogues_too_long": 2,
         "dialogues_truncated": 0,
@@ -214,7 +215,7 @@ def test_long_rows_are_truncated_at_their_end(chat_tokenizer: PreTrainedTokenize
     """One that has no trained token left is dropped, and both are counted."""
     found = read(tmp_path, chat_tokenizer, [SHORT, LONG_ANSWER, LONG_QUESTION], too_long="truncate")
     assert (found.too_long, found.truncated, found.untrained) == (2, 1, 1)
-    ids, trained = found.chats[1]
+    ids, trained = found.chats[1].chat()
     assert len(ids) == len(trained) == 24
     assert chat_tokenizer.decode(ids).startswith("<|bos|><|user|>a<|end|><|assistant|>bbbb")
     assert not chat_tokenizer.decode(ids).endswith("<|end|>")
@@ -236,13 +237,26 @@ def test_nothing_left_is_an_error(chat_tokenizer: PreTrainedTokenizerBase, tmp_p
         read(tmp_path, chat_tokenizer, [LONG_ANSWER], too_long="truncate")
 
 
+def test_dialogues_are_kept_as_arrays(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Five bytes a token; as lists they took up to fifty, and hundreds of thousands of dialogues all the memory."""
+    rows = [{"prompt": "a", "completion": "b" * 2000}] * 100
+    tracemalloc.start()
+    found = read(tmp_path, chat_tokenizer, rows, max_tokens=3000)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(len(row.ids) for row in found.chats)
+    assert tokens > 100_000
+    assert held < 8 * tokens
+    assert [row.chat() for row in found.chats] == [found.chats[0].chat()] * 100
+
+
 def test_the_loss_is_on_all_answers_or_the_last(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     roles = ["system", "user", "assistant", "user", "assistant"]
     rows = [{"messages": [{"role": role, "content": f"{role[0]}{n}"} for n, role in enumerate(roles)]}]
     texts = []
     for mode in ("all", "last"):
         (chat,) = read(tmp_path, chat_tokenizer, rows, loss_on=mode, max_tokens=60).chats
-        texts.append(chat_tokenizer.decode([i for i, trained in zip(*chat, strict=True) if trained]))
+        texts.append(chat_tokenizer.decode([i for i, trained in zip(*chat.chat(), strict=True) if trained]))
     assert texts == ["a2<|end|>a4<|end|>", "a4<|end|>"]
 
 
@@ -377,7 +391,7 @@ def test_the_validation_loss_is_the_mean_over_trained_tokens(
                 nats, count = nats - float(logprobs[place - 1, ids[place]]), count + 1
     for held in (2**26, 1):  # all in one batch, and each alone
         monkeypatch.setattr("stages.sft.LOGITS", held)
-        found = validation_loss(Team(), tiny_model, chats)
+        found = validation_loss(Team(), tiny_model, [Row.of(chat) for chat in chats])
         assert found["validation_nats_per_token"] == pytest.approx(nats / count, abs=2e-6)
 
 

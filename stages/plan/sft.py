@@ -1,5 +1,6 @@
 """The plan of the stage sft."""
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -13,14 +14,14 @@ from rlhf.model import count_parameters
 from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
-from rlhf.tokenizer import EncodedChat, encode_prompt
+from rlhf.tokenizer import encode_prompt
 from stages.common import training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
 from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
-from stages.sft import LOGITS, VALIDATED_AT_ONCE, dialogues_of, marked, prepared
+from stages.sft import LOGITS, VALIDATED_AT_ONCE, Row, dialogues_of, marked, prepared
 
 BEST = "the best weights so far (early stopping)"
 
@@ -98,7 +99,7 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     if read is None:
         return unknown
     train, validation = read
-    found.shown = marked(tokenizer, train.chats[0]).plain
+    found.shown = marked(tokenizer, train.chats[0].chat()).plain
     seed = derive_seed(recipe.seed, "sft", "order")
     places = training_order([len(chat.ids) for chat in train.chats], settings.dialogues_per_step, settings.steps, seed)
     batches = [places[start : start + size] for start in range(0, len(places), size)]  # a step is so many whole ones
@@ -123,13 +124,13 @@ def largest_of(shapes: list[Shape]) -> Shape:
     return max(shapes, key=lambda shape: shape.rows * shape.tokens)
 
 
-def _shape(settings: SftSection, chats: list[EncodedChat]) -> Shape:
+def _shape(settings: SftSection, chats: list[Row]) -> Shape:
     if settings.packing:
         rows = [{"input_ids": chat.ids, "labels": chat.ids} for chat in chats]
         packed = PackingCollator(settings.max_tokens, 0)(rows)["input_ids"]
         return Shape(packed.shape[0], packed.shape[1], packed.shape[1])
     longest = max(len(chat.ids) for chat in chats)
-    learned = {place for chat in chats for place, trained in enumerate(chat.trained) if trained}
+    learned = set(itertools.chain.from_iterable(chat.trained.nonzero()[0].tolist() for chat in chats))
     return Shape(len(chats), longest, len(learned))
 
 
