@@ -31,7 +31,7 @@ from rlhf.team import Team
 from rlhf.templates import CHAT_TEMPLATES
 from rlhf.tokenizer import encode_chat, encode_texts
 from stages.packing import IGNORED, PackingCollator, check_isolation, fitted
-from stages.sft import Dialogues, Row, dialogues_of, marked, prepared, validation_loss
+from stages.sft import Dialogues, Row, dataset_of, dialogues_of, marked, prepared, validation_loss
 from stages.sft_trainer import LeanSFTTrainer
 from stages.trl_glue import Progress, Validation, Validator
 from tests.conftest import TINY_RECIPE, rlhf
@@ -238,16 +238,24 @@ def test_nothing_left_is_an_error(chat_tokenizer: PreTrainedTokenizerBase, tmp_p
 
 
 def test_dialogues_are_kept_as_arrays(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Five bytes a token; as lists they took up to fifty, and hundreds of thousands of dialogues all the memory."""
-    rows = [{"prompt": "a", "completion": "b" * 2000}] * 100
+    """As lists they took up to a hundred bytes a token, and some hundred thousand dialogues all the memory."""
+    rows = [{"prompt": "a", "completion": "b" * 2000}, {"prompt": "a", "completion": "bc" * 900}] * 50
     tracemalloc.start()
     found = read(tmp_path, chat_tokenizer, rows, max_tokens=3000)
     held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    dataset = dataset_of(found.chats)
+    _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     tokens = sum(len(row.ids) for row in found.chats)
-    assert tokens > 100_000
-    assert held < 8 * tokens
-    assert [row.chat() for row in found.chats] == [found.chats[0].chat()] * 100
+    assert tokens > 50_000
+    assert held < 8 * tokens and most < 30 * tokens
+    for row, read_again in zip(found.chats, dataset, strict=True):
+        ids, trained = row.chat()
+        assert read_again["input_ids"] == ids
+        assert read_again["labels"] == [
+            token if learned else IGNORED for token, learned in zip(ids, trained, strict=True)
+        ]
 
 
 def test_the_loss_is_on_all_answers_or_the_last(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
