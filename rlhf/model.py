@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.errors import MissingInput, UserError
+from rlhf.errors import MissingInput, RecipeError, UserError
 from rlhf.functional.masked import widened
 from rlhf.quantisation import settle
 from rlhf.rundir import sync_folder, write_atomically
@@ -324,6 +324,21 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(holder).items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(holder, name, 0.0)
+
+
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+
+
+def checkpoint_layers(model: PreTrainedModel, key: str, contexts: Contexts | None = None) -> None:
+    """Has a model in training mode hold each layer's input only, and compute the layer again for the backward pass.
+
+    Chen et al. 2016, arXiv:1604.06174. `contexts` gives what the layer's first and second computation run in. Raises
+    RecipeError, naming the key, for a model that can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise RecipeError(f"{key}: {type(model).__name__} can't compute its layers twice; leave it out")
+    how = {"context_fn": contexts} if contexts else {}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
 
 
 @torch.no_grad()

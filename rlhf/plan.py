@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rlhf.chain import check_gate, check_inputs, state_of
 from rlhf.choices import loading_attention
-from rlhf.errors import UserError
+from rlhf.errors import RecipeError, UserError
 from rlhf.launch_file import find_launch_file, read_launch_file
 from rlhf.recipe import LoraSection, Recipe, StageName, microbatches
 from rlhf.rundir import RunDir
@@ -230,7 +230,10 @@ def _advice(context: Context, plan: StagePlan) -> list[str]:
     wanted = f"{_gib(plan.memory.total)} are needed, and {_gib(room)} are there"
     tried = []
     for alternative in _alternatives(context.recipe, plan.stage, context.machine):
-        other = plan_stage(context._replace(recipe=alternative.recipe), plan.stage)
+        try:
+            other = plan_stage(context._replace(recipe=alternative.recipe), plan.stage)
+        except RecipeError:  # no alternative for this model
+            continue
         assert other.memory is not None
         if _fits(context, other):
             return [f"{wanted}: with {alternative.override} it fits, in {_gib(other.memory.total)}"]
@@ -256,20 +259,23 @@ def _alternatives(recipe: Recipe, stage: StageName, machine: Machine) -> Iterato
         said.append(f"{stage}.{override}")
         return Alternative(" ".join(said), recipe.model_copy(update={stage: section}))
 
-    if stage in ("pretrain", "sft", "reward") and not getattr(section, "from_", None):
+    if getattr(section, "from_", None):
+        return
+    if stage in ("pretrain", "sft", "reward"):
         size, _ = microbatches(recipe, stage, machine.processes)
         smaller = sorted({n for n in range(1, size) if size % n == 0}, reverse=True)
         for rows in dict.fromkeys(smaller[:1] + smaller[-1:]):
             said.clear()
             yield changed(f"microbatch_size={rows}", microbatch_size=rows)
-    if stage == "pretrain":
-        yield changed("gradient_checkpointing=true", gradient_checkpointing=True)
-        if not machine.on_gpus and section.spikes.action == "roll_back":
-            yield changed("spikes.action=stop", spikes=section.spikes.model_copy(update={"action": "stop"}))
-    if stage in ("sft", "reward") and not getattr(section, "from_", None) and section.lora is None:
-        yield changed("lora={}", lora=LoraSection())
     if stage == "ppo":
         yield changed("microbatch_size=1", microbatch_size=1)
+    if stage != "evaluate" and not section.gradient_checkpointing:
+        yield changed("gradient_checkpointing=true", gradient_checkpointing=True)
+    if stage == "pretrain" and not machine.on_gpus and section.spikes.action == "roll_back":
+        yield changed("spikes.action=stop", spikes=section.spikes.model_copy(update={"action": "stop"}))
+    if stage in ("sft", "reward") and section.lora is None:
+        yield changed("lora={}", lora=LoraSection())
+    if stage == "ppo":
         yield changed("rollout_batch_size=16", rollout_batch_size=16)
         for layout in {"full": ("shared", "adapters"), "shared": ("adapters",)}.get(section.layout, ()):
             said[:] = [override for override in said if not override.startswith("ppo.layout")]

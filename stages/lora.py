@@ -7,7 +7,7 @@ transformers model, which loads without PEFT.
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +136,23 @@ def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+class SameAdapter:
+    """The contexts of a layer that is computed twice, see rlhf.model.checkpoint_layers: the second time comes with the
+    adapter of the first, though `using_adapter` is left by then.
+
+    A class and no closure, so that a copy of the model has a copy of this.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What the first and what the second computation runs in."""
+        layer = next(module for module in self._model.modules() if isinstance(module, BaseTunerLayer))
+        (name,) = [None] if layer._disable_adapters else layer._active_adapter
+        return nullcontext(), using_adapter(self._model, name)
 
 
 def learned_weights(model: PeftModel) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from rlhf.job import Job
 from rlhf.model import (
     ADAPTER_LOADS,
     check_vocabulary,
+    checkpoint_layers,
     count_parameters,
     disable_dropout,
     model_card,
@@ -104,6 +105,8 @@ def run(job: Job) -> dict[str, Any]:
     adapted: PreTrainedModel | PeftModel = model
     if settings.lora:
         adapted = add_adapters(model, settings.lora, "sft.lora", tokens=given.untrained)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model, "sft.gradient_checkpointing")
     choices = choose(recipe, "sft", model.config._attn_implementation)
     _announce(job, settings, adapted, tokenizer, given, train, validation)
 

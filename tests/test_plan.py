@@ -16,7 +16,7 @@ from rlhf.model import accelerator_bytes, build_causal_lm, count_parameters, pla
 from rlhf.plan import machine_of, run_plan
 from rlhf.recipe import load_recipe
 from rlhf.rundir import RunDir
-from stages.plan import GIB, Context, Machine, plan_stage
+from stages.plan import GIB, Context, Machine, passes, plan_stage
 from stages.plan.machine import GPUS, Work
 from tests.conftest import TINY_RECIPE, rlhf
 
@@ -159,6 +159,37 @@ def test_microbatches_and_checkpointing_make_memory_smaller() -> None:
     whole, half = working(), working("pretrain.microbatch_size=32")
     assert half == pytest.approx(whole / 2, rel=0.15)
     assert working("pretrain.gradient_checkpointing=true") < 0.7 * whole
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch"),
+    [
+        ("sft", "sft.dialogues_per_step=256"),
+        ("reward", "reward.pairs_per_step=64"),
+        ("ppo", "ppo.microbatch_tokens=4096"),
+    ],
+)
+def test_layers_that_are_computed_twice_hold_less(stage: str, batch: str) -> None:
+    large = ("model.layers=8", batch)
+    found = []
+    for more in ((), (f"{stage}.gradient_checkpointing=true",)):
+        memory = plan_stage(context(*large, *more), stage).memory  # type: ignore[arg-type]  # one of the three
+        assert memory is not None
+        found.append(memory.total)
+    assert found[1] < 0.9 * found[0]
+
+
+def test_dropout_that_no_stage_has_is_not_counted() -> None:
+    """GPT-2's configuration asks for it, and a stage that loads one switches it off."""
+    wide = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+    found = []
+    for rate in (0.0, 0.1):
+        config = GPT2Config(**wide, resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate)
+        with tracing() as footprint, footprint.phase("a pass"):
+            model = passes.causal_lm(config, context().machine).train()
+            model(input_ids=passes.ids(4, 32)).logits.sum().backward()
+        found.append(max(moment.total for moment in footprint.moments))
+    assert found[0] == found[1]
 
 
 def test_ppo_holds_what_its_layout_holds() -> None:

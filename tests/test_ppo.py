@@ -289,6 +289,29 @@ def test_the_gradient_equals_a_naive_one(minibatch: list[int], more: dict[str, A
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * scale)
 
 
+@pytest.mark.parametrize("layout", ["full", "shared", "adapters"])
+def test_layers_that_are_computed_twice_change_no_gradient(layout: str) -> None:
+    """Adapters: when a layer is computed again, the pass has long given the base back its other adapter."""
+    section = settings(layout=layout)
+    responses = drawn(make_learner(section))
+    found, computed = [], [0, 0]
+    for twice in (0, 1):
+        learner = make_learner(section)
+        actors = learner._setup.roles.actors
+
+        def count(*_: Any, which: int = twice) -> None:
+            computed[which] += 1
+
+        if twice:
+            actors.checkpoint_layers("a key")
+        actors.train()
+        actors.policy.base_model.layers[0].self_attn.register_forward_hook(count)
+        found.append(our_gradient(learner, responses, [0, 1, 2, 3, 4, 5]))
+    assert computed[1] > computed[0]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize("more", LOSSES[:3])
 def test_float32_is_near_the_naive_gradient(more: dict[str, Any]) -> None:
     section = settings(**more)

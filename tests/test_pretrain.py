@@ -23,7 +23,7 @@ from rlhf.errors import RecipeError, StageFailed, UserError
 from rlhf.functional.compute_optimal import inner_parameters, shape_of_depth, training_of
 from rlhf.functional.schedules import learning_rate_share
 from rlhf.functional.spikes import RECENT, usual_loss
-from rlhf.model import build_causal_lm, causal_lm_config, count_parameters, decay_groups
+from rlhf.model import build_causal_lm, causal_lm_config, checkpoint_layers, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, Recipe, SpikesSection, dump_recipe, parse_recipe, result_fields
 from rlhf.runtime import uses_bfloat16
 from rlhf.sharding import WholeModels
@@ -250,7 +250,7 @@ def test_gradient_checkpointing_changes_no_gradient(packed: PackedTokens) -> Non
     for checkpointing in (False, True):
         model = make_model("qwen3").train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, "a key")
         bare_training(model, packed, 4, None, 0.0).add_gradient(range(4))
         found.append([p.grad for p in model.parameters()])
     for ours, theirs in zip(*found, strict=True):

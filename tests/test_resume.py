@@ -184,6 +184,15 @@ def test_another_logging_interval_changes_the_lines_and_not_the_figures(finished
     assert found[20] == pytest.approx(sum(rest) / len(rest), abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_layers_that_are_computed_twice_change_no_bit(finished_chain: Path, tmp_path: Path, stage: str) -> None:
+    """So one may switch to it within a stage, when memory runs out."""
+    directory = begin(finished_chain, tmp_path, stage)
+    rlhf(*arguments(stage, f"{stage}.gradient_checkpointing=true"), cwd=tmp_path)
+    assert differences(finished_chain / "runs/tiny" / stage, directory) == []
+
+
 def losses_of_each_step(finished_chain: Path, folder: Path) -> list[float]:
     directory = begin(finished_chain, folder / "each", "pretrain")
     rlhf(*arguments("pretrain", "pretrain.log_every=1"), cwd=folder / "each")

@@ -225,11 +225,17 @@ VARIANTS = {
             "pretrain.microbatch_size=2",
         ],
     ),
-    "adapters, packed rows": ("sft", ["sft.lora={rank: 4}", "sft.packing=true"]),
+    "adapters, packed rows, gradient checkpointing": (
+        "sft",
+        ["sft.lora={rank: 4}", "sft.packing=true", "sft.gradient_checkpointing=true"],
+    ),
     "early stopping": ("sft", ["sft.early_stopping={every: 10, patience: 2, min_gain: 0.5}"]),
     "adapters, an ensemble": ("reward", ["reward.lora={rank: 4}", "reward.heads=3"]),
     "a shared trunk": ("ppo", ["ppo.layout=shared", "ppo.keep.rule=last"]),
-    "adapters, the judge too": ("ppo", ["ppo.layout=adapters", "ppo.keep.rule=last", "reward.lora={rank: 4}"]),
+    "adapters, the judge too, gradient checkpointing": (
+        "ppo",
+        ["ppo.layout=adapters", "ppo.keep.rule=last", "reward.lora={rank: 4}", "ppo.gradient_checkpointing=true"],
+    ),
     "texts, back-off, more processes than rows": (
         "ppo",
         [

@@ -134,6 +134,9 @@ class PpoSection(Section):
         description="tokens of one forward pass at most; default: those of about 256 MiB of activations, on a GPU of a "
         "sixteenth of its memory",
     )
+    gradient_checkpointing: bool = Field(
+        False, description="hold less, compute each layer twice", json_schema_extra=NO_RESULT
+    )
     sampling: Sampling = Field(description="how responses are drawn; the policy learns as the distribution drawn from")
     learning_rate: float = Field(gt=0, le=100, description="of the policy, Adam")
     critic_learning_rate: float | None = Field(

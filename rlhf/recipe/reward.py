@@ -73,6 +73,9 @@ class RewardSection(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the comparisons")
     pairs_per_step: int = Field(32, ge=1, description="comparisons of one optimiser step, over all processes")
     microbatch_size: int | None = Field(None, ge=1, description="comparisons of one forward pass at most; default: all")
+    gradient_checkpointing: bool = Field(
+        False, description="hold less, compute each layer twice", json_schema_extra=NO_RESULT
+    )
     max_tokens: int = Field(512, ge=8, description="longest prompt with response in tokens")
     too_long: TooLong = Field(
         "drop", description="longer pairs are dropped, their prompts truncated at the start, or an error; counted"

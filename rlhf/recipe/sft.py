@@ -28,6 +28,9 @@ class SftSection(Section):
     microbatch_size: int | None = Field(
         None, ge=1, description="conversations of one forward pass at most; default: all"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="hold less, compute each layer twice", json_schema_extra=NO_RESULT
+    )
     packing: bool = Field(
         False, description="lay the conversations of a forward pass end to end, isolated, instead of padding them"
     )

@@ -15,7 +15,7 @@ from evaluation.scoring import TOKEN_BUDGET
 from rlhf.footprint import GRADIENTS, OPTIMISER, Footprint, tracing
 from rlhf.judge.batches import TOKEN_BUDGET as JUDGE_BUDGET
 from rlhf.likelihood import TokenReader
-from rlhf.model import accelerator_bytes, planning_for
+from rlhf.model import accelerator_bytes, disable_dropout, planning_for
 from rlhf.rollout.cache_engine import CACHE_BYTES, CACHE_SHARE, PREFILL_TOKENS
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.draws import draw_tokens
@@ -52,11 +52,12 @@ def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTra
 
 
 def _built(loader: Any, config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
-    """Pieces are gathered in the precision of the passes."""
+    """As a stage loads it. Pieces are gathered in the precision of the passes."""
     dtype = torch.bfloat16 if machine.bfloat16 and machine.sharded else torch.float32
     how = {"attn_implementation": machine.attention} if machine.attention else {}
     model: PreTrainedModel = loader.from_config(config, dtype=dtype, **how)
-    return model
+    disable_dropout(model)
+    return model.eval()
 
 
 class _Dequantised(torch.autograd.Function):

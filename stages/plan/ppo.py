@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
 from rlhf.likelihood import TokenReader
-from rlhf.model import Critic, count_parameters
+from rlhf.model import Critic, checkpoint_layers, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt
 from stages.common import open_data
-from stages.lora import add_adapter, target_names, using_adapter
+from stages.lora import SameAdapter, add_adapter, target_names, using_adapter
 from stages.plan import passes
 from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
@@ -36,6 +36,7 @@ class Models(NamedTuple):
     reference: PreTrainedModel
     judges: list[PreTrainedModel]  # those that are no adapters on the policy's base, and no Python
     values: Callable[[Tensor, Tensor], Tensor]  # the critic's, of ids and of the policy's states of them
+    critic: nn.Module  # what of it is not the policy's
     policy_parameters: list[nn.Parameter]
     critic_parameters: list[nn.Parameter]
     parameters: int  # of the policy, without adapters
@@ -124,8 +125,11 @@ def _models(context: Context, settings: PpoSection, beginning: Beginning, footpr
         found: Tensor = critic(states if shared else ids)
         return found
 
+    if settings.gradient_checkpointing:
+        for model in (policy, critic.backbone) if isinstance(critic, Critic) else (policy,):
+            checkpoint_layers(model, "ppo.gradient_checkpointing")
     learning = passes.trained(policy), passes.trained(critic)
-    return Models(policy, reference, judges, values, *learning, count_parameters(policy))
+    return Models(policy, reference, judges, values, critic, *learning, count_parameters(policy))
 
 
 def _adapters(
@@ -147,6 +151,8 @@ def _adapters(
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(f".{POLICY}." in name or f".{CRITIC}." in name)
     judges = [] if lent else _judges(context, settings, beginning, footprint)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(base, "ppo.gradient_checkpointing", SameAdapter(base))
 
     def values(ids: Tensor, states: Tensor) -> Tensor:
         with using_adapter(base, CRITIC):
@@ -155,7 +161,7 @@ def _adapters(
 
     named = dict(base.named_parameters())
     learns = {who: [p for name, p in named.items() if f".{who}." in name] for who in (POLICY, CRITIC)}
-    return Models(base, base, judges, values, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
+    return Models(base, base, judges, values, head, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
 
 
 def _judges(
@@ -235,6 +241,8 @@ def _go_through(
             states = states_of(models.reference, reference, None, ids)
             likelihoods(reference, states)
             models.values(ids, states)
+    models.policy.train()
+    models.critic.train()
     for phase, optimizer, loss, (gradients, optimiser) in (
         ("the policy's step", policy_moves, policy_loss, POLICYS),
         ("the critic's step", critic_moves, value_loss, CRITICS),

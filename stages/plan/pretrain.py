@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.model import accelerator_bytes, count_parameters, decay_groups
+from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, microbatches
 from stages.common import open_data
 from stages.plan import passes
@@ -84,7 +84,7 @@ def _go_through(
     if context.recipe.base is not None:
         passes.read_texts(footprint, model, longest, rows=8192)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model, "pretrain.gradient_checkpointing")
     model.train()
     loss = TokenLoss(model, settings.z_loss)
     footprint.name_gradients(model.parameters())

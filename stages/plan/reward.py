@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
 from rlhf.functional.bradley_terry import preference_loss
-from rlhf.model import count_parameters
+from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt, prepare_for_chat
@@ -205,11 +205,15 @@ def _train(
         ones = torch.ones(shape.pairs)
         return preference_loss(both[0], both[1], ones, ones.unsqueeze(1), settings.label_smoothing, settings.centering)
 
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model, "reward.gradient_checkpointing")
     model.config.use_cache = False
     passes.score(footprint, model, lengths.longest, rows=validated)
+    adapted.train()
     footprint.name_gradients(adapted.parameters())
     optimizer = passes.adam(learning)
     passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
     if settings.epochs * lengths.pairs > settings.pairs_per_step:
         passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
+    adapted.eval()
     return learning

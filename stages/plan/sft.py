@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.model import count_parameters
+from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
@@ -61,6 +61,8 @@ def plan(context: Context) -> StagePlan:
             if settings.lora and settings.lora.quantised:
                 passes.in_four_bits(model)
         adapted: nn.Module = add_adapters(model, settings.lora, "sft.lora") if settings.lora else model
+        if settings.gradient_checkpointing:
+            checkpoint_layers(model, "sft.gradient_checkpointing")
         learning = passes.trained(adapted)
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
         _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)

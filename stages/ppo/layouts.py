@@ -65,6 +65,8 @@ def build_roles(
             if settings.critic_from == "reward":
                 raise RecipeError("ppo.critic_from: in layout shared the critic is a value head on the policy's trunk")
             actors = SharedActors(policy, *drawn)
+    if settings.gradient_checkpointing:
+        actors.checkpoint_layers("ppo.gradient_checkpointing")
     actors.eval()
     judge = build_judge(recipe, run, tokenizer, context, device, settings.judge, "ppo: score", lent)
     second: Judge | None = None

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from rlhf.functional.masked import widened
 from rlhf.judge import Judge, judge_models
 from rlhf.likelihood import Hide, TokenReader
-from rlhf.model import Critic, last_gain
+from rlhf.model import Critic, checkpoint_layers, last_gain
 from rlhf.sharding import Held, Holding, is_absent
-from stages.lora import merged_in_place, using_adapter, with_named_adapter
+from stages.lora import SameAdapter, merged_in_place, using_adapter, with_named_adapter
 from stages.ppo.episodes import Trajectory
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"  # names of adapters
@@ -87,6 +87,10 @@ class Actors(nn.Module, ABC):
     def plain_policy(self) -> PreTrainedModel:
         """The policy as a plain model, to be saved; nothing can be learned afterwards."""
         return self.policy
+
+    def checkpoint_layers(self, key: str) -> None:
+        """Has what learns hold less and compute its layers twice, see rlhf.model.checkpoint_layers."""
+        checkpoint_layers(self.policy, key)
 
     @abstractmethod
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -152,6 +156,11 @@ class FullActors(Actors):
     def values(self, rows: Trajectory, policy_states: Tensor | None = None) -> Tensor:
         """See Actors."""
         return torch.where(rows.mask, _before(self.critic(rows.ids), rows), 0.0)
+
+    def checkpoint_layers(self, key: str) -> None:
+        """See Actors."""
+        super().checkpoint_layers(key)
+        checkpoint_layers(self.critic.backbone, key)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """See Actors."""
@@ -252,6 +261,10 @@ class AdapterActors(Actors):
         if self._whole is None:
             return merged_in_place(self.policy, POLICY)
         return merged_in_place(with_named_adapter(self._whole(), self.policy, POLICY), POLICY)
+
+    def checkpoint_layers(self, key: str) -> None:
+        """See Actors."""
+        checkpoint_layers(self.policy, key, SameAdapter(self.policy))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """See Actors."""

@@ -22,6 +22,7 @@ from rlhf.model import (
     build_causal_lm,
     causal_lm_config,
     check_vocabulary,
+    checkpoint_layers,
     count_parameters,
     model_card,
     save_model,
@@ -63,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
     choices = choose(recipe, "pretrain", model.config._attn_implementation, in_pieces=sharded is not None)
     _announce(job, settings, model, plan, size, texts)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model, "pretrain.gradient_checkpointing")
     measure = partial(validation.measure, model, tokenizer, context_of(model), job.team)
     before = _measured_before(measure, recipe.base) if recipe.base else None
 

@@ -20,7 +20,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf.choices import choose, training_attention
 from rlhf.functional.bradley_terry import bootstrap_weights, pair_losses, preference_loss
 from rlhf.job import Job
-from rlhf.model import count_parameters, disable_dropout, last_norm, scale_last_norm
+from rlhf.model import checkpoint_layers, count_parameters, disable_dropout, last_norm, scale_last_norm
 from rlhf.recipe import RewardSection, microbatches
 from rlhf.runtime import derive_seed, log
 from stages.common import BUCKET
@@ -57,6 +57,8 @@ def train_judge(job: Job, settings: RewardSection, judge: Judge, pairs: list[Pai
     """Trains the judge's model, in place, on the pairs; `test` is only looked at."""
     seed = job.recipe.seed
     model, restore = _ready(job, settings, judge)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(judge.model, "reward.gradient_checkpointing")
     choices = choose(job.recipe, "reward", judge.model.config._attn_implementation)
     size, passes = microbatches(job.recipe, "reward", job.team.size)
     wanted = max(1, round(settings.epochs * len(pairs)))
