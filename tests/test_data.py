@@ -461,6 +461,28 @@ def test_a_limit_takes_the_first_rows(numbered: Path) -> None:
     assert len(texts_from(Source(path=numbered.name, rows=5000), numbered.parent)) == 1000
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("rows", "limit", "expected"), [(2000, None, 0.1), (2000, 4000, 0.5), (2000, 2000, 1.0), (50_000, None, 1.0)]
+)
+def test_the_share_that_was_read_is_told_by_the_bytes(
+    tmp_path: Path, weight: float, rows: int, limit: int | None, expected: float
+) -> None:
+    path = write(tmp_path / "long.jsonl", *(b'{"text": "%0500d"}' % i for i in range(20_000)))
+    opened = sources.open_sources((Source(path=path.name, rows=rows, weight=weight),), tmp_path, "texts", "train", 0)
+    found = sources.DataSet(opened, "texts", Faults("error"), 0)
+    assert sum(1 for _ in found) > 0
+    assert found.share_read([limit]) == pytest.approx(expected, rel=0.15)
+
+
+def test_the_share_that_was_read_of_a_data_set_is_told_by_itself(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", *(b'{"text": "%d"}' % i for i in range(1000)))
+    opened = sources.open_sources((Source(hub=str(tmp_path), rows=100),), tmp_path, "texts", "train", 0)
+    found = sources.DataSet(opened, "texts", Faults("error"), 0)
+    assert sum(1 for _ in found) == 100
+    assert found.share_read([None]) == 0.1
+
+
 def test_a_data_set_gives_the_same_rows_and_counts_every_time(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, b"{", GOOD)
     found = data_set(path, "texts", "skip")

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from rlhf.model import accelerator_bytes, build_causal_lm, count_parameters, pla
 from rlhf.plan import machine_of, run_plan
 from rlhf.recipe import load_recipe
 from rlhf.rundir import RunDir
-from stages.plan import GIB, Context, Machine, passes, plan_stage
+from stages.plan import GIB, Context, Machine, passes, plan_stage, sft
 from stages.plan.machine import GPUS, Work
+from stages.sft import Row
 from tests.conftest import TINY_RECIPE, rlhf
 
 # Counting
@@ -159,6 +161,14 @@ def test_microbatches_and_checkpointing_make_memory_smaller() -> None:
     whole, half = working(), working("pretrain.microbatch_size=32")
     assert half == pytest.approx(whole / 2, rel=0.15)
     assert working("pretrain.gradient_checkpointing=true") < 0.7 * whole
+
+
+def test_packed_rows_are_what_the_stage_packs() -> None:
+    """Four conversations of a length in rows for two: a microbatch is two rows."""
+    settings = context("sft.packing=true", "sft.max_tokens=20").recipe.sft
+    assert settings is not None
+    chat = Row(np.arange(10, dtype=np.int32), np.array([False, *[True] * 9]))
+    assert sft.microbatch_of(settings, [chat] * 4) == sft.Shape(rows=2, tokens=20, trained=20)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Sources (files, hub data sets, the built-in world) to rows of a stage's kind, weighted and counted."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +36,7 @@ class DataSet:
         other. What would be wrong with every row (a tokenizer without chat template) is to be checked before.
         """
         self._sources, self._kind, self.faults, self._seed, self._then = sources, kind, faults, seed, then
+        self._given = [0] * len(sources)  # rows of each source so far
 
     def __iter__(self) -> Iterator[Any]:
         return (item for good in self.weighted() for item in good.items)
@@ -68,6 +71,21 @@ class DataSet:
         names = ", ".join(str(source) for source in self._sources)
         return DataError(f"no good row in {names}: {self.faults.report() or otherwise}")
 
+    def share_read(self, limits: Sequence[int | None]) -> float | None:
+        """About which share of the rows one iteration gave out, if the sources had these limits in place of their own.
+
+        By the bytes of files, and by what a data set on the hub says of itself; None where it doesn't.
+        """
+        there = 0.0
+        for source, given, limit in zip(self._sources, self._given, limits, strict=True):
+            passes = math.ceil(source.weight)
+            all_read = source.limit is None or given < source.limit * passes
+            rows = given / passes if all_read else source.about(given)
+            if limit is None and rows is None:
+                return None
+            there += passes * min(each for each in (rows, limit) if each is not None)
+        return sum(self._given) / there
+
     @property
     def read(self) -> int:
         """How many bytes of its files have been read."""
@@ -87,7 +105,9 @@ class DataSet:
 
     def _rows(self, number: int, faults: Faults) -> Iterator["Good"]:
         """Each row of one source with its items, at most as many rows as it may give; a bad row doesn't count."""
-        return islice(self._good(number, faults), self._sources[number].limit)
+        for row in islice(self._good(number, faults), self._sources[number].limit):
+            self._given[number] += 1
+            yield row
 
     def _good(self, number: int, faults: Faults) -> Iterator["Good"]:
         source = self._sources[number]
@@ -124,10 +144,17 @@ class OpenSource:
         """`size` is that of its files in bytes, where there are any."""
         self.name, self.weight, self.rows, self.limit, self.shape, self.size = name, weight, rows, limit, shape, size
         self.read = 0
+        self.total: int | None = None  # rows, where the data set says it
 
     def count(self, size: int) -> None:
         """Tells that so many bytes of its files were read."""
         self.read += size
+
+    def about(self, given: int) -> float | None:
+        """How many rows one pass gives, about, if so many were given out so far; None: nobody knows."""
+        if self.total is not None:
+            return float(self.total)
+        return given * max(1.0, self.size / self.read) if self.size and self.read else None
 
     def __str__(self) -> str:
         return self.name
@@ -193,10 +220,20 @@ def from_hub(
                 f"the hub's data set {name} can't be loaded: {error}\n(a folder of that name where you are, or `path:` "
                 "with files in its place, needs no network)"
             ) from None
+        opened.total = _rows_of(found, split)
         for number, value in enumerate(found, 1):
             yield Row(Path(f"hub:{name}"), number, dict(value), "row")
 
-    return OpenSource(f"hub:{name}", weight, rows, limit, shape)
+    opened = OpenSource(f"hub:{name}", weight, rows, limit, shape)
+    return opened
+
+
+def _rows_of(found: Any, split: str) -> int | None:
+    """How many rows a data set says it has: a stream does where its card tells."""
+    with suppress(TypeError):
+        return len(found)
+    told = (found.info.splits or {}).get(split)
+    return told.num_examples if told else None
 
 
 def from_tinyworld(kind: Kind, split: Split, seed: int, limit: int | None, weight: float = 1.0) -> OpenSource:

@@ -38,6 +38,7 @@ class Lengths(NamedTuple):
     """What is known of the comparisons."""
 
     pairs: int
+    exactly: bool  # whether there are so many, and not about so many
     first: Shape  # the microbatch with most tokens in the first step, when the optimiser has no state yet
     largest: Shape  # and in all others
     mean: float  # tokens of a conversation
@@ -92,9 +93,9 @@ def plan(context: Context) -> StagePlan:
         found.lines = [f"the judge in {settings.from_} is taken as it is"]
     else:
         wanted = max(1, round(settings.epochs * lengths.pairs))
-        more = " or more (work and time are of so many)" if lengths.pairs >= ROWS_READ else ""
+        about = "" if lengths.exactly else "about "
         found.lines = [
-            f"{lengths.pairs:,} comparisons{more}, {settings.epochs:g} epochs = "
+            f"{about}{lengths.pairs:,} comparisons, {settings.epochs:g} epochs = "
             f"{-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs ({machine.processes} "
             f"processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a conversation on the average; "
             f"the largest microbatch is {lengths.largest.sequences} conversations of {lengths.largest.tokens:,} tokens"
@@ -117,9 +118,9 @@ def _lengths(
     way = reference_way(context.recipe)
     prompt = max(1, most - way.max_tokens)
     whole = Shape(2 * size, most, size)
-    unknown = Lengths(ROWS_READ, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
+    unknown = Lengths(ROWS_READ, False, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
     if settings.collect:
-        return unknown._replace(pairs=_collected(settings), mean=float(most))
+        return unknown._replace(pairs=_collected(settings), exactly=True, mean=float(most))
     if beginning.tokenizer is None:
         found.unchecked.append("the comparisons: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
@@ -134,7 +135,7 @@ def _lengths(
     )
     if read is None:
         return unknown
-    train, test = read
+    (train, share), (test, _) = read
     pairs = train or test
     if not pairs:
         return unknown._replace(pairs=0)
@@ -148,14 +149,18 @@ def _lengths(
         for pair in pairs[: settings.normalisation_prompts]
     ]
     first = largest = whole
-    if train and len(train) < ROWS_READ:
+    exactly = share == 1.0
+    if train and exactly:
         wanted = -(-max(1, round(settings.epochs * len(train))) // settings.pairs_per_step)
         order = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         shapes = [_shape([train[place] for place in batch]) for batch in batches]
         each = settings.pairs_per_step // size
         first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
-    return Lengths(len(train), first, largest, sum(lengths) / len(lengths), max(lengths), prompts)
+    if share is None:
+        found.unchecked.append(f"how many comparisons there are: {len(train):,} were read, and are taken to be all")
+    there = round(len(train) / (share or 1.0))
+    return Lengths(there, exactly, first, largest, sum(lengths) / len(lengths), max(lengths), prompts)
 
 
 def _collected(settings: RewardSection) -> int:
@@ -165,11 +170,13 @@ def _collected(settings: RewardSection) -> int:
     return settings.collect.train_prompts * each * (each - 1) // 2
 
 
-def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> list[Pair]:
+def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> tuple[list[Pair], float | None]:
+    """The first comparisons, and about which share of all they are; None: it isn't known."""
     if not sources:
-        return []
+        return [], 1.0
     read = open_data(context.recipe, "reward", first_rows(sources), "comparisons", "train", then=reading.pair)
-    return [pair for pair in read if pair is not None]
+    pairs = [pair for pair in read if pair is not None]
+    return pairs, read.share_read([source.rows for source in sources])
 
 
 def largest_of(shapes: list[Shape]) -> Shape:

@@ -105,7 +105,7 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     seed = derive_seed(recipe.seed, "sft", "order")
     places = training_order([len(chat.ids) for chat in train.chats], settings.dialogues_per_step, settings.steps, seed)
     batches = [places[start : start + size] for start in range(0, len(places), size)]  # a step is so many whole ones
-    shapes = [_shape(settings, [train.chats[place] for place in batch]) for batch in batches]
+    shapes = [microbatch_of(settings, [train.chats[place] for place in batch]) for batch in batches]
     each = settings.dialogues_per_step // size
     first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
     if len(train.chats) >= ROWS_READ:
@@ -126,9 +126,10 @@ def largest_of(shapes: list[Shape]) -> Shape:
     return max(shapes, key=lambda shape: shape.rows * shape.tokens)
 
 
-def _shape(settings: SftSection, chats: list[Row]) -> Shape:
+def microbatch_of(settings: SftSection, chats: list[Row]) -> Shape:
+    """What these conversations are as a microbatch."""
     if settings.packing:
-        rows = [{"input_ids": chat.ids, "labels": chat.ids} for chat in chats]
+        rows = [{"input_ids": ids, "labels": ids} for ids in (chat.ids.tolist() for chat in chats)]
         packed = PackingCollator(settings.max_tokens, 0)(rows)["input_ids"]
         return Shape(packed.shape[0], packed.shape[1], packed.shape[1])
     longest = max(len(chat.ids) for chat in chats)
