@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PreTrainedConfig
 
 from rlhf.errors import RlhfError, UserError
 from rlhf.footprint import GRADIENTS, OPTIMISER, WORKING, Footprint, is_traced, tracing
@@ -187,6 +187,14 @@ def test_layers_that_are_computed_twice_hold_less(stage: str, batch: str) -> Non
         assert memory is not None
         found.append(memory.total)
     assert found[1] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("kind", [GPTNeoXConfig, LlamaConfig, OPTConfig])
+def test_a_base_without_a_pad_token_can_be_a_judge(kind: type[PreTrainedConfig]) -> None:
+    config = kind(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=None)
+    with tracing() as footprint:
+        passes.score(footprint, passes.scorer(config, context().machine), longest=8, rows=4)
+    assert footprint.peak().total > 0
 
 
 def test_dropout_that_no_stage_has_is_not_counted() -> None:

@@ -46,8 +46,10 @@ def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
 
 
 def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
-    """A sequence classifier of this configuration."""
+    """A sequence classifier of this configuration, which has a pad token as that of a stage does."""
     config.num_labels = heads
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
     return _built(AutoModelForSequenceClassification, config, machine)
 
 
