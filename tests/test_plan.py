@@ -210,6 +210,18 @@ def test_dropout_that_no_stage_has_is_not_counted() -> None:
     assert found[0] == found[1]
 
 
+def test_muon_holds_one_moment_of_a_matrix() -> None:
+    """Of 2 layers of 64 x (2 x 64 + 2 x 64) attention and 3 x 64 x 256 gated matrices: one in place of two."""
+    found = []
+    for optimizer in ("adamw", "muon"):
+        overrides = ("model.width=64", "model.heads=1", "model.mlp_width=256", f"pretrain.optimizer={optimizer}")
+        memory = plan_stage(context(*overrides), "pretrain").memory
+        assert memory is not None
+        found.append(memory.roles[OPTIMISER])
+    matrices = 2 * (64 * 4 * 64 + 3 * 64 * 256)
+    assert found[0] - found[1] == pytest.approx(4 * matrices, abs=200)  # and the steps that Adam counts
+
+
 def test_ppo_holds_what_its_layout_holds() -> None:
     found = {}
     for layout in ("full", "shared", "adapters"):

@@ -111,7 +111,7 @@ def ids(rows: int, tokens: int) -> Tensor:
 def learn(
     footprint: Footprint,
     phase: str,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     loss: Callable[[], Tensor],
     *,
     several: bool,
@@ -119,25 +119,36 @@ def learn(
     optimiser: str = OPTIMISER,
 ) -> None:
     """An optimiser step with its largest microbatch; with `several` the gradients of others are there before."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _moved_by(optimizers)
     with footprint.phase(phase):
         if several:
             _have_gradients(footprint, parameters, gradients)
         loss().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        with footprint.role(optimiser):
-            optimizer.step()
-        optimizer.zero_grad()
+        _step(footprint, optimizers, optimiser)
 
 
 def have_state(
-    footprint: Footprint, optimizer: torch.optim.Optimizer, gradients: str = GRADIENTS, optimiser: str = OPTIMISER
+    footprint: Footprint,
+    optimizers: Sequence[torch.optim.Optimizer],
+    gradients: str = GRADIENTS,
+    optimiser: str = OPTIMISER,
 ) -> None:
-    """Gives an optimiser the state that it has from its first step on."""
+    """Gives optimisers the state that they have from their first step on."""
     with footprint.phase("the first step's end"):
-        _have_gradients(footprint, [p for group in optimizer.param_groups for p in group["params"]], gradients)
-        with footprint.role(optimiser):
+        _have_gradients(footprint, _moved_by(optimizers), gradients)
+        _step(footprint, optimizers, optimiser)
+
+
+def _moved_by(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _step(footprint: Footprint, optimizers: Sequence[torch.optim.Optimizer], role: str) -> None:
+    with footprint.role(role):
+        for optimizer in optimizers:
             optimizer.step()
+    for optimizer in optimizers:
         optimizer.zero_grad()
 
 
@@ -147,9 +158,9 @@ def _have_gradients(footprint: Footprint, parameters: Sequence[nn.Parameter], ro
             parameter.grad = torch.zeros_like(parameter)
 
 
-def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, as all stages have it."""
-    return torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
+def adam(parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """AdamW, as all stages but pretrain have it."""
+    return [torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

@@ -220,6 +220,11 @@ def _go_through(
             loss = likelihoods(reader, states).sum()
             return loss + models.values(ids, states).sum() if settings.layout == "shared" else loss
 
+    def texts_loss(rows: int, length: int) -> Tensor:
+        with passes.computing(machine):
+            states = states_of(models.policy, reader, POLICY, passes.ids(rows, length)).flatten(0, 1)
+            return reader.read(states, passes.ids(rows, length).flatten()).logprobs.sum()
+
     def value_loss(rows: int, length: int) -> Tensor:
         with passes.computing(machine):
             ids = passes.ids(rows, length)
@@ -243,6 +248,12 @@ def _go_through(
             models.values(ids, states)
     models.policy.train()
     models.critic.train()
+    if settings.ptx:
+        length = settings.ptx.sequence_length
+        most = -(-settings.ptx.tokens_per_minibatch // length // machine.processes)
+        texts = min(most, max(1, budget.tokens // length)), length
+        roles = {"gradients": POLICYS[0], "optimiser": POLICYS[1]}
+        passes.learn(footprint, "the texts' pass", policy_moves, partial(texts_loss, *texts), several=True, **roles)
     for phase, optimizer, loss, (gradients, optimiser) in (
         ("the policy's step", policy_moves, policy_loss, POLICYS),
         ("the critic's step", critic_moves, value_loss, CRITICS),

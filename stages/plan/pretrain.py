@@ -1,5 +1,6 @@
 """The plan of the stage pretrain."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters, decay_groups
+from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters
 from rlhf.recipe import PretrainSection, microbatches
 from stages.common import open_data
 from stages.plan import passes
@@ -17,7 +18,7 @@ from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
 from stages.pretrain.loss import TokenLoss, positions_in_documents
 from stages.pretrain.plan import Plan
 from stages.pretrain.speed import flops_per_token
-from stages.pretrain.training import BETAS, EPSILON
+from stages.pretrain.training import optimizers_of
 
 SHOWN = 300  # characters of the first document
 TEXTS_READ = 20  # of each source
@@ -88,7 +89,7 @@ def _go_through(
     model.train()
     loss = TokenLoss(model, settings.z_loss)
     footprint.name_gradients(model.parameters())
-    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), betas=BETAS, eps=EPSILON, fused=True)
+    optimizers = optimizers_of(model, settings)
 
     def objective(rows: int) -> Tensor:
         inputs = passes.ids(rows, length)
@@ -98,9 +99,9 @@ def _go_through(
 
     mine = schedule.parts[-1].rows // machine.processes
     if schedule.steps > 1:
-        passes.have_state(footprint, optimizer)
-    kept = _good_states(settings, schedule, model, optimizer, footprint) if not machine.on_gpus else []
-    passes.learn(footprint, "a training step", optimizer, partial(objective, min(size, mine)), several=mine > size)
+        passes.have_state(footprint, optimizers)
+    kept = _good_states(settings, schedule, model, optimizers, footprint) if not machine.on_gpus else []
+    passes.learn(footprint, "a training step", optimizers, partial(objective, min(size, mine)), several=mine > size)
     model.eval()
     passes.read_texts(footprint, model, longest, rows=8192)
     del kept
@@ -110,7 +111,7 @@ def _good_states(
     settings: PretrainSection,
     schedule: Plan,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     footprint: Footprint,
 ) -> list[Tensor]:
     """What is kept to go back to after a spike, in the host's memory: two states, or one of so short a training.
@@ -120,7 +121,8 @@ def _good_states(
     if settings.spikes.action != "roll_back":
         return []
     weights = list({id(p): p for p in model.parameters()}.values())
-    moments = [value for each in optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
+    states_of = [each for optimizer in optimizers for each in optimizer.state.values()]
+    moments = [value for each in states_of for value in each.values() if torch.is_tensor(value)]
     kept_later = (schedule.steps - 1) // min(settings.spikes.good_every, schedule.steps)  # states after the first
     states = [*weights, *moments] * min(2, kept_later) + weights * (kept_later < 2)
     with footprint.phase("keeping a good state"), footprint.role(GOOD_STATES):
