@@ -56,16 +56,36 @@ class TokenReader:
     def logprobs(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Log-probabilities of tokens [N] at the states [N, ...] before them, without gradients; at least float32."""
         with torch.no_grad():
-            parts = zip(states.split(self._at_once(states)), tokens.split(self._at_once(states)), strict=True)
-            return torch.cat([self._logits(part).log_softmax(-1).gather(-1, t.unsqueeze(-1)) for part, t in parts])[
-                :, 0
-            ]
+            return self._in_parts(
+                lambda part, some: self._logits(part).log_softmax(-1).gather(-1, some.unsqueeze(-1))[:, 0],
+                states,
+                tokens,
+            )
 
     def likeliest(self, states: Tensor) -> Tensor:
         """The likeliest token after each of the states [N, ...]; of equal ones the first; -1 where a logit is NaN."""
+
+        def best(part: Tensor) -> Tensor:
+            found = self._logits(part).max(-1)
+            return torch.where(found.values.isnan(), -1, found.indices)
+
         with torch.no_grad():
-            best = [self._logits(part).max(-1) for part in states.split(self._at_once(states))]
-            return torch.cat([torch.where(found.values.isnan(), -1, found.indices) for found in best])
+            return self._in_parts(best, states)
+
+    def _in_parts(self, f: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+        """f of some rows of the columns at a time, in a tensor that is made before: what a part leaves behind would
+        stand between the logits of this one and those of the next, so that their memory could not be used again.
+        """
+        found: Tensor | None = None
+        start, step = 0, self._at_once(columns[0])
+        for part in zip(*(column.split(step) for column in columns), strict=True):
+            values = f(*part)
+            if found is None:
+                found = values.new_empty(len(columns[0]))
+            found[start : start + len(values)] = values
+            start += len(values)
+        assert found is not None
+        return found
 
     def read(self, states: Tensor, tokens: Tensor, temperature: float = 1.0, hide: Hide | None = None) -> Likelihood:
         """Likelihood of tokens [N] at the states [N, ...] before them.
