@@ -18,7 +18,7 @@ from rich.console import Console
 from rlhf.chain import check_gate, check_inputs, state_of
 from rlhf.choices import loading_attention
 from rlhf.errors import RecipeError, UserError
-from rlhf.launch_file import find_launch_file, read_launch_file
+from rlhf.launch_file import LaunchConfig, find_launch_file, read_launch_file
 from rlhf.recipe import LoraSection, Recipe, StageName, microbatches
 from rlhf.rundir import RunDir
 from rlhf.runtime import quiet_libraries, visible
@@ -34,24 +34,52 @@ def machine_of(
 ) -> Machine:
     """What is planned for: what the options say, or else the recipe's `hardware`, or else what is here.
 
-    `launch`: a launch file or the name of one. Raises UserError where the options don't say enough.
+    `launch`: a launch file or the name of one. Raises UserError where the options don't say enough, or contradict.
     """
+    path = find_launch_file(launch) if launch else None
+    config = read_launch_file(path) if path else None
+    _check_options(gpus, gpu_memory, processes, path, config)
+    on_cpus = gpus == 0 or (config is not None and config.use_cpu)
     hardware = recipe.hardware
-    said = gpus is not None or gpu_memory is not None or processes is not None
-    if hardware and not said:
-        gpus, gpu_memory, launch = hardware.gpus, hardware.gpu_memory, launch or hardware.launch or ""
-    config = read_launch_file(find_launch_file(launch)) if launch else None
-    sharded = config is not None and config.distributed_type != "MULTI_GPU"
-    count = gpus or processes or (config.num_processes if config else None)
-    attention = loading_attention(recipe)
-    if gpus == 0 or (config and config.use_cpu):
-        return Machine(count or 1, 0, sharded, recipe.precision == "bfloat16", attention)
-    here = _gpus_here() if gpu_memory is None else []
-    if gpu_memory is None and gpus and not here:
-        raise UserError("--gpus: say with --gpu-memory how many GiB each of them has")
+    if hardware and not on_cpus and gpus is None and gpu_memory is None and processes is None:
+        gpus, gpu_memory = (config.num_processes if config else None) or hardware.gpus, hardware.gpu_memory
+        if hardware.launch and not config:
+            config = read_launch_file(find_launch_file(hardware.launch))
+    here = [] if on_cpus or gpu_memory is not None else _gpus_here()
+    if not here and not on_cpus and gpu_memory is None and (gpus or path):
+        asks = "--gpus" if gpus else f"{path} starts processes on GPUs, and torch finds none here"
+        raise UserError(f"{asks}: say with --gpu-memory how many GiB each of them has")
+    count = gpus or processes or (config.num_processes if config else None) or (len(here) if config else 1)
+    if not count:
+        raise UserError(f"{path}: num_processes: missing; say it there, or with --processes N")
     memory = round(gpu_memory * GIB) if gpu_memory else min(here, default=0)
+    sharded = config is not None and config.distributed_type != "MULTI_GPU" and count > 1
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and memory > 0)
-    return Machine(count or (len(here) if config else 1), memory, sharded, bfloat16, attention)
+    return Machine(count, memory, sharded, bfloat16, loading_attention(recipe))
+
+
+def _check_options(
+    gpus: int | None,
+    gpu_memory: float | None,
+    processes: int | None,
+    path: Path | None,
+    config: LaunchConfig | None,
+) -> None:
+    """Raises UserError where two of them can't both be true."""
+    if gpus == 0 and gpu_memory is not None:
+        raise UserError("--gpus 0 means this machine's CPU, and --gpu-memory is that of a GPU; leave one of them out")
+    if gpus and processes and gpus != processes:
+        raise UserError(f"--gpus {gpus} and --processes {processes} disagree: there is a process on each GPU")
+    if config is None:
+        return
+    if config.use_cpu and (gpus or gpu_memory is not None):
+        raise UserError(f"{path} starts processes on CPUs; leave it out, or --gpus and --gpu-memory")
+    if gpus == 0 and not config.use_cpu:
+        raise UserError(f"--gpus 0 means this machine's CPU, and {path} starts processes on GPUs")
+    asked = config.num_processes
+    for option, said in (("--gpus", gpus), ("--processes", processes)):
+        if asked and said and asked != said:
+            raise UserError(f"{option} {said} and {path} (num_processes: {asked}) disagree; leave one of them out")
 
 
 def _gpus_here() -> list[int]:
@@ -152,6 +180,9 @@ def _times(context: Context, plans: list[StagePlan]) -> str:
         hours = sum(plan.work.hours_here(_flops_here()) for plan in plans)
         rate = f"{_flops_here() / 1e9:,.0f} GFLOP/s, measured now"
         return f"about {_hours(hours)} here ({rate}, of which training is taken to reach {TRAINING_SHARE:.0%})"
+
+    if not machine.kinds():
+        return f"not known: no GPU with {machine.gpu_memory / GIB:.0f} GiB is known by name"
 
     def told(gpu: Gpu) -> str:
         return f"{machine.processes} x {gpu.name} {_hours(sum(p.work.hours(gpu, machine.processes) for p in plans))}"

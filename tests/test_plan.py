@@ -287,9 +287,47 @@ def test_what_is_planned_for() -> None:
     assert machine_of(made_for, 2, 40, None) == Machine(2, 40 * GIB, False, True)
     assert machine_of(made_for, 0, None, None) == Machine(1, 0)
     assert machine_of(plain, None, None, None, "cpu-2") == Machine(2, 0)
+    assert machine_of(made_for, None, None, None, "cpu-2") == Machine(2, 0)  # what is said goes before the recipe
+    assert machine_of(made_for, None, None, None, "machines-2") == Machine(16, 80 * GIB, False, True)
+    assert machine_of(plain, 1, 80, None, "fsdp2") == Machine(1, 80 * GIB, False, True)  # one process has no pieces
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--gpu-memory"):
             machine_of(plain, 4, None, None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "processes", "launch", "told"),
+    [
+        (0, 80, None, "", "--gpus 0 means"),
+        (4, 80, 2, "", "--gpus 4 and --processes 2"),
+        (4, 80, None, "cpu-2", "starts processes on CPUs"),
+        (None, 80, None, "fsdp2-cpu", "starts processes on CPUs"),
+        (0, None, None, "fsdp2", "starts processes on GPUs"),
+        (None, None, 3, "cpu-2", "--processes 3 and"),
+        (8, 80, None, "machines-2", "num_processes: 16"),
+    ],
+)
+def test_options_that_contradict_are_refused(
+    gpus: int | None, memory: float | None, processes: int | None, launch: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        machine_of(load_recipe(str(TINY_RECIPE)), gpus, memory, processes, launch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("launch", ["gpus", "fsdp2"])
+def test_gpus_that_are_not_here_must_be_told(launch: str) -> None:
+    with pytest.raises(UserError, match="--gpu-memory"):
+        machine_of(load_recipe(str(TINY_RECIPE)), None, None, None, launch)
+
+
+def test_hours_are_told_for_large_gpus_and_else_said_to_be_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(str(TINY_RECIPE))
+    for memory, told in ((141, "H200 141 GB"), (1000, "not known: no GPU with 1000 GiB")):
+        run_plan(recipe, ("pretrain",), tmp_path, Machine(1, memory * GIB), as_json=False)
+        assert told in capsys.readouterr().out
 
 
 # The command
