@@ -240,7 +240,7 @@ def _stage_as_json(context: Context, plan: StagePlan) -> dict[str, Any]:
         "memory_mib": round(memory.total / 2**20, 1) if memory else None,
         "memory_mib_by_role": {role: round(size / 2**20, 1) for role, size in memory.roles.items()} if memory else {},
         "memory_phase": memory.phase if memory else None,
-        "fits": not plan.advice,
+        "fits": not plan.advice if memory or not plan.parameters else None,
         "tokens": plan.tokens,
         "flops": plan.work.flops,
         "hours": times or {"here": plan.work.hours_here(_flops_here())},
@@ -265,7 +265,8 @@ def _advice(context: Context, plan: StagePlan) -> list[str]:
             other = plan_stage(context._replace(recipe=alternative.recipe), plan.stage)
         except RecipeError:  # no alternative for this model
             continue
-        assert other.memory is not None
+        if other.memory is None:
+            continue
         if _fits(context, other):
             return [f"{wanted}: with {alternative.override} it fits, in {_gib(other.memory.total)}"]
         tried.append(f"{alternative.override}: {_gib(other.memory.total)}")

@@ -1,6 +1,7 @@
 """What the stages' plans have in common: what is planned, what comes out, and the models that stages start from."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from rlhf.errors import MissingInput, RlhfError
 from rlhf.footprint import WORKING, Footprint, Moment
 from rlhf.model import causal_lm_config
-from rlhf.recipe import Recipe, Source, StageName, known_base, upstream
+from rlhf.recipe import JudgeSection, Recipe, Source, StageName, known_base, upstream
 from rlhf.rundir import RunDir
 from rlhf.sharding import layers_of
 from rlhf.tokenizer import load_tokenizer, token_info
@@ -105,6 +106,23 @@ def _in_pieces(moment: Moment, machine: Machine, learner: nn.Module) -> Moment:
     return Moment(moment.phase, {**roles, GATHERED: gathered})
 
 
+@contextmanager
+def counting(found: StagePlan) -> Iterator[None]:
+    """Within, a stage is gone through; where that fails for a reason that isn't the user's, memory is not known.
+
+    A model of code of its own may ask for numbers, which there are none of here.
+    """
+    try:
+        yield
+    except RlhfError:
+        raise
+    except Exception as error:  # whatever a model and torch raise
+        why = (str(error).splitlines() or [""])[0][:200]
+        found.unchecked.append(
+            f"memory: this model can't be gone through without numbers ({type(error).__name__}: {why})"
+        )
+
+
 class Beginning(NamedTuple):
     """The model that a stage starts from, as far as it is known before anything has run."""
 
@@ -116,6 +134,14 @@ class Beginning(NamedTuple):
     def context(self) -> int:
         """Tokens that it can read."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+class JudgePlan(NamedTuple):
+    """A judge's model."""
+
+    title: str
+    config: PreTrainedConfig
+    heads: int
 
 
 class Context(NamedTuple):
@@ -153,6 +179,19 @@ class Context(NamedTuple):
             if Path(name).is_dir():
                 raise
             return Beginning(config, None, name)
+
+    def judges(self, sections: Iterable[JudgeSection], beginning: Beginning) -> list[JudgePlan]:
+        """The models of judges; that of the reward stage as it will be, on what `beginning` says."""
+        found, reward = [], self.recipe.reward
+        for section in sections:
+            if section.model is None:
+                continue
+            ours = section.model == "reward"
+            name = section.model if not ours else (reward.from_ or reward.start if reward else None)
+            config = self.named(name).config if name else beginning.config
+            heads = reward.heads if ours and reward and not reward.from_ else None
+            found.append(JudgePlan(section.title, config, heads or (config.num_labels if name else 1)))
+        return found
 
     def _new(self) -> Beginning:
         """The model that pretrain will make."""

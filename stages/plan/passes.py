@@ -3,15 +3,18 @@
 Each takes the code that the stage itself runs, on shapes that it is given; see rlhf.footprint.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from evaluation.scoring import TOKEN_BUDGET
+from rlhf.errors import UserError
 from rlhf.footprint import GRADIENTS, OPTIMISER, Footprint, tracing
 from rlhf.judge.batches import TOKEN_BUDGET as JUDGE_BUDGET
 from rlhf.likelihood import TokenReader
@@ -19,6 +22,7 @@ from rlhf.model import accelerator_bytes, disable_dropout, planning_for
 from rlhf.rollout.cache_engine import CACHE_BYTES, CACHE_SHARE, PREFILL_TOKENS
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.draws import draw_tokens
+from rlhf.rollout.fit import not_keys_and_values
 from rlhf.rollout.protocol import Drawing
 from stages.lora import SCORE_HEAD
 from stages.plan.machine import Machine
@@ -28,8 +32,12 @@ DECODED = 3  # steps of a response that are gone through, evenly spaced
 
 @contextmanager
 def on(machine: Machine) -> Iterator[Footprint]:
-    """Within, tensors are made and counted as on that machine."""
-    with planning_for(machine.gpu_memory), tracing() as footprint:
+    """Within, tensors are made and counted as on that machine.
+
+    Products of groups of tokens with their experts are known for any precision only in transformers' own version.
+    """
+    own_products = patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False, create=True)
+    with planning_for(machine.gpu_memory), own_products, tracing() as footprint:
         yield footprint
 
 
@@ -46,7 +54,11 @@ def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
 
 
 def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
-    """A sequence classifier of this configuration."""
+    """A sequence classifier of this configuration. Raises UserError where transformers has none of its family."""
+    if type(config) not in AutoModelForSequenceClassification._model_mapping and not config.to_dict().get("auto_map"):
+        raise UserError(
+            f"transformers has no sequence classifier for {config.model_type}, so such a model can't be a reward model"
+        )
     config.num_labels = heads
     return _built(AutoModelForSequenceClassification, config, machine)
 
@@ -174,25 +186,60 @@ def score(footprint: Footprint, model: PreTrainedModel, longest: int, rows: int)
 
 
 def draw(
-    footprint: Footprint, model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int = 256
+    footprint: Footprint,
+    model: PreTrainedModel,
+    prompts: Sequence[int],
+    drawing: Drawing,
+    batch: int = 256,
+    engine: str = "auto",
 ) -> None:
     """Responses to prompts of so many tokens, all as long as may be, drawn as the rollout engine draws."""
-    with footprint.phase("drawing responses"), torch.inference_mode():
-        room = accelerator_bytes(model.device, CACHE_SHARE) or CACHE_BYTES
-        decoder = Decoder(model, min(batch, len(prompts)), max(prompts) + drawing.max_tokens, room)
-        plain = Drawing(max_tokens=drawing.max_tokens, temperature=drawing.temperature)
-        waiting = sorted(prompts)[: decoder.slots]
-        joined, before = 0, list[int]()
-        for group in _groups(waiting, room // 4 // decoder.token_bytes):
-            if group != before:  # one like the last is as large
-                logits, layers = decoder.prefill([[0] * length for length in group])
-                draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
-            decoder.join(layers, list(range(len(group))), list(range(joined, joined + len(group))))
-            joined, before = joined + len(group), group
-        for step in range(DECODED):
-            width = waiting[-1] + 1 + step * (drawing.max_tokens - 1) // max(1, DECODED - 1)
-            found = decoder.step(ids(1, joined)[0], ids(1, joined)[0], width)
-            draw_tokens(found, torch.zeros(joined, dtype=torch.float64), plain)
+    ours = engine != "generate" and not_keys_and_values(model) is None
+    with torch.inference_mode():
+        if ours:
+            try:
+                with footprint.phase("drawing responses"):
+                    _draw_with_slots(model, prompts, drawing, batch)
+                return
+            except Exception:  # what rlhf.rollout.fit finds out as well: the model takes other arguments
+                if engine == "cache":
+                    raise
+        with footprint.phase("drawing responses"):
+            _draw_by_lengths(model, prompts, drawing, batch)
+
+
+def _draw_with_slots(model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int) -> None:
+    """As rlhf.rollout.cache_engine does."""
+    room = accelerator_bytes(model.device, CACHE_SHARE) or CACHE_BYTES
+    decoder = Decoder(model, min(batch, len(prompts)), max(prompts) + drawing.max_tokens, room)
+    plain = Drawing(max_tokens=drawing.max_tokens, temperature=drawing.temperature)
+    waiting = sorted(prompts)[: decoder.slots]
+    joined, before = 0, list[int]()
+    for group in _groups(waiting, room // 4 // decoder.token_bytes):
+        if group != before:  # one like the last is as large
+            logits, layers = decoder.prefill([[0] * length for length in group])
+            draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
+        decoder.join(layers, list(range(len(group))), list(range(joined, joined + len(group))))
+        joined, before = joined + len(group), group
+    for step in range(DECODED):
+        width = waiting[-1] + 1 + step * (drawing.max_tokens - 1) // max(1, DECODED - 1)
+        found = decoder.step(ids(1, joined)[0], ids(1, joined)[0], width)
+        draw_tokens(found, torch.zeros(joined, dtype=torch.float64), plain)
+
+
+def _draw_by_lengths(model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int) -> None:
+    """As transformers' generate does for rlhf.rollout.generate_engine: prompts of one length at a time.
+
+    What the tokens of a response leave in the cache is read at once with the prompt, which takes a little more.
+    """
+    counts = Counter(prompts)
+    length = max(counts, key=lambda tokens: min(batch, counts[tokens]) * (tokens + drawing.max_tokens))
+    rows, whole = min(batch, counts[length]), length + drawing.max_tokens
+    read = model(input_ids=ids(rows, whole - 1), attention_mask=ids(rows, whole - 1), use_cache=True, logits_to_keep=1)
+    cache = getattr(read, "past_key_values", None)  # what is no cache of keys and values is small
+    more = {"past_key_values": cache, "attention_mask": ids(rows, whole)} if cache is not None else {}
+    logits = model(input_ids=ids(rows, 1), use_cache=True, logits_to_keep=1, **more).logits[:, -1]
+    draw_tokens(logits, torch.zeros(rows, dtype=torch.float64), Drawing(max_tokens=drawing.max_tokens))
 
 
 def _groups(lengths: Sequence[int], kept_tokens: int) -> Iterator[list[int]]:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.likelihood import TokenReader
+from rlhf.likelihood import TokenReader, head_stands_apart
 from rlhf.model import Critic, checkpoint_layers, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
@@ -18,7 +18,7 @@ from rlhf.tokenizer import encode_prompt
 from stages.common import open_data
 from stages.lora import SameAdapter, add_adapter, target_names, using_adapter
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 from stages.ppo.episodes import microbatches_of
 from stages.ppo.roles import CRITIC, POLICY, REWARD
@@ -55,11 +55,12 @@ def plan(context: Context) -> StagePlan:
         models = _models(context, settings, beginning, footprint)
         budget = Budget.of(settings, models.policy)
         mine = -(-settings.episodes_per_update // machine.processes)
-        _go_through(context, settings, models, budget, prompts, drawing, footprint)
         found.parameters = models.parameters
         found.trained = sum(p.numel() for p in (*models.policy_parameters, *models.critic_parameters))
         layers = models.policy.config.get_text_config().num_hidden_layers
-    found.memory = memory_of(footprint, machine, models.policy, found.trained)
+        with counting(found):
+            _go_through(context, settings, models, budget, prompts, drawing, footprint)
+            found.memory = memory_of(footprint, machine, models.policy, found.trained)
     mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
     episodes = settings.updates * settings.episodes_per_update
     found.tokens = episodes * mean
@@ -115,13 +116,16 @@ def _models(context: Context, settings: PpoSection, beginning: Beginning, footpr
     critic: nn.Module
     with footprint.role("critic: weights"):
         if settings.layout == "full":
-            scorer = passes.scorer(beginning.config, context.machine)
-            critic = Critic(scorer.base_model, scorer.score, 0.0)
+            config = _critic_config(context, settings, beginning)
+            body = passes.causal_lm(config, context.machine).base_model
+            critic = Critic(body, nn.Linear(config.get_text_config().hidden_size, 1, bias=False), 0.0)
         else:
             critic = nn.Linear(beginning.config.get_text_config().hidden_size, 1)
-    shared = settings.layout == "shared"
+    shared, states_are_logits = settings.layout == "shared", not head_stands_apart(policy)
 
     def values(ids: Tensor, states: Tensor) -> Tensor:
+        if shared and states_are_logits:
+            states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found: Tensor = critic(states if shared else ids)
         return found
 
@@ -164,21 +168,30 @@ def _adapters(
     return Models(base, base, judges, values, head, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
 
 
+def _critic_config(context: Context, settings: PpoSection, beginning: Beginning) -> PreTrainedConfig:
+    """Of the model that the critic starts from: of a judge from outside where that reads the policy's own tokens."""
+    reward = context.recipe.reward
+    judged = any(section.model == "reward" and section.weight > 0 for section in settings.judge)
+    wanted = settings.critic_from or ("reward" if judged else "policy")
+    name = (reward.from_ or reward.start) if reward and wanted == "reward" else None
+    if name is None or beginning.tokenizer is None:
+        return beginning.config
+    judge = context.named(name)
+    same = judge.tokenizer is not None and (
+        (judge.tokenizer.get_vocab(), judge.tokenizer.chat_template)
+        == (beginning.tokenizer.get_vocab(), beginning.tokenizer.chat_template)
+    )
+    return judge.config if same and judge.context >= beginning.context else beginning.config
+
+
 def _judges(
     context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint
 ) -> list[PreTrainedModel]:
     """The models of the judges; that of the reward stage as it will be."""
     found: list[PreTrainedModel] = []
-    reward = context.recipe.reward
-    for section in (*settings.judge, *settings.second_judge):
-        if section.python or section.model is None:
-            continue
-        ours = section.model == "reward"
-        name = section.model if not ours else (reward.from_ or reward.start if reward else None)
-        config = context.named(name).config if name else beginning.config
-        with footprint.role(f"judge {section.title}: weights"):
-            heads = reward.heads if ours and reward else getattr(config, "num_labels", 1)
-            found.append(passes.scorer(config, context.machine, heads).requires_grad_(False))
+    for judge in context.judges((*settings.judge, *settings.second_judge), beginning):
+        with footprint.role(f"judge {judge.title}: weights"):
+            found.append(passes.scorer(judge.config, context.machine, judge.heads).requires_grad_(False))
     return found
 
 
@@ -233,7 +246,7 @@ def _go_through(
         passes.have_state(footprint, policy_moves, *POLICYS)
         passes.have_state(footprint, critic_moves, *CRITICS)
     with passes.computing(machine):
-        passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size)
+        passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size, settings.engine)
         for judge in models.judges:
             passes.score(footprint, judge, longest, mine)
         with footprint.phase("reference and critic"), torch.inference_mode():

@@ -11,7 +11,7 @@ from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters, d
 from rlhf.recipe import PretrainSection, microbatches
 from stages.common import open_data
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
 from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -40,9 +40,10 @@ def plan(context: Context) -> StagePlan:
         size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
         found.parameters = found.trained = count_parameters(model)
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
-        _go_through(context, settings, beginning, schedule, size, model, footprint)
+        with counting(found):
+            _go_through(context, settings, beginning, schedule, size, model, footprint)
+            found.memory = memory_of(footprint, context.machine, model, found.trained)
     found.tokens = schedule.tokens
-    found.memory = memory_of(footprint, context.machine, model, found.trained)
     rows = schedule.parts[-1].rows // context.machine.processes
     found.lines = [
         f"{schedule.describe()}; {context.machine.processes} processes x {-(-rows // size)} microbatches x "

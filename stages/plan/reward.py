@@ -17,7 +17,17 @@ from rlhf.tokenizer import encode_prompt, prepare_for_chat
 from stages.common import open_data
 from stages.lora import add_adapters
 from stages.plan import passes
-from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import (
+    ADAM,
+    ROWS_READ,
+    Beginning,
+    Context,
+    StagePlan,
+    counting,
+    first_rows,
+    memory_of,
+    read_if_there,
+)
 from stages.plan.machine import Work
 from stages.reward.normalise import reference_way
 from stages.reward.reading import Judge, Pair, Reading
@@ -70,17 +80,23 @@ def plan(context: Context) -> StagePlan:
             drawn = (
                 settings.collect.train_prompts + settings.collect.test_prompts
             ) * settings.collect.responses_per_prompt
-        with footprint.role("the reference's weights"):
-            answering = passes.causal_lm(reference.config, context.machine)
-        fitting = [min(tokens, reference.context - way.max_tokens) for tokens in lengths.prompts]
-        passes.draw(footprint, answering, (fitting * drawn)[:drawn], way)
-        del answering
         found.parameters = plain
+        adapted: nn.Module = model
+        if settings.lora and not settings.from_:
+            adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier")
         if not settings.from_:
-            learning = _train(context, settings, model, lengths, steps > 1, footprint)
-            found.trained = sum(parameter.numel() for parameter in learning)
-        passes.score(footprint, model, lengths.longest, rows=drawn)
-    found.memory = memory_of(footprint, machine, model, found.trained)
+            found.trained = sum(parameter.numel() for parameter in passes.trained(adapted))
+        with counting(found):
+            for answering in _answering(context, settings, reference):
+                with footprint.role("the reference's weights"):
+                    answers = passes.causal_lm(answering.config, context.machine)
+                fitting = [max(1, min(tokens, answering.context - way.max_tokens)) for tokens in lengths.prompts]
+                passes.draw(footprint, answers, (fitting * drawn)[:drawn], way)
+                del answers
+            if not settings.from_:
+                _train(context, settings, model, adapted, lengths, steps > 1, footprint)
+            passes.score(footprint, model, lengths.longest, rows=drawn)
+            found.memory = memory_of(footprint, machine, model, found.trained)
     found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)
@@ -102,6 +118,12 @@ def plan(context: Context) -> StagePlan:
     found.lines.append(f"{drawn:,} responses of the reference are drawn, of {way.max_tokens:,} tokens at most")
     found.disk = (recipe.checkpoints.keep + 1) * (4 * plain + 4 * ADAM * found.trained) + 4 * plain
     return found
+
+
+def _answering(context: Context, settings: RewardSection, reference: Beginning) -> list[Beginning]:
+    """The models whose responses are drawn, one after the other."""
+    names = [sampler.model for sampler in settings.collect.samplers] if settings.collect else []
+    return [reference, *(context.named(name) for name in dict.fromkeys(names) if name != "sft")]
 
 
 def _lengths(
@@ -186,15 +208,12 @@ def _train(
     context: Context,
     settings: RewardSection,
     model: PreTrainedModel,
+    adapted: nn.Module,
     lengths: Lengths,
     several: bool,
     footprint: Footprint,
-) -> list[nn.Parameter]:
-    """Validates, trains and validates, as the stage does; what learns."""
-    adapted: nn.Module = model
-    if settings.lora:
-        adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier")
-    learning = passes.trained(adapted)
+) -> None:
+    """Validates, trains and validates, as the stage does."""
     validated = 2 * min(VALIDATION_PAIRS, max(1, lengths.pairs))
 
     def loss(shape: Shape) -> Tensor:
@@ -211,9 +230,8 @@ def _train(
     passes.score(footprint, model, lengths.longest, rows=validated)
     adapted.train()
     footprint.name_gradients(adapted.parameters())
-    optimizer = passes.adam(learning)
+    optimizer = passes.adam(passes.trained(adapted))
     passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
     if settings.epochs * lengths.pairs > settings.pairs_per_step:
         passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
     adapted.eval()
-    return learning

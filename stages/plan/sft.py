@@ -19,7 +19,17 @@ from stages.common import training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
-from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import (
+    ADAM,
+    ROWS_READ,
+    Beginning,
+    Context,
+    StagePlan,
+    counting,
+    first_rows,
+    memory_of,
+    read_if_there,
+)
 from stages.plan.machine import Work
 from stages.sft import LOGITS, VALIDATED_AT_ONCE, Row, dialogues_of, marked, prepared
 
@@ -65,8 +75,9 @@ def plan(context: Context) -> StagePlan:
             checkpoint_layers(model, "sft.gradient_checkpointing")
         learning = passes.trained(adapted)
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
-        _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
-    found.memory = memory_of(footprint, machine, model, found.trained)
+        with counting(found):
+            _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
+            found.memory = memory_of(footprint, machine, model, found.trained)
     dialogues = settings.steps * settings.dialogues_per_step
     found.tokens = lengths.mean * dialogues
     backward = 6.0 if settings.lora is None else 4.0  # the frozen weights have no gradient of their own
