@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from rlhf.chain import check_gate, check_inputs, state_of
+from rlhf.chain import State, check_gate, check_inputs, state_of
 from rlhf.choices import loading_attention
 from rlhf.errors import RecipeError, UserError
 from rlhf.launch_file import LaunchConfig, find_launch_file, read_launch_file
-from rlhf.recipe import LoraSection, Recipe, StageName, microbatches
+from rlhf.quantisation import quantised_adapters
+from rlhf.recipe import LoraSection, Recipe, StageName, microbatches, upstream
 from rlhf.rundir import RunDir
-from rlhf.runtime import quiet_libraries, visible
+from rlhf.runtime import quiet_libraries, uses_bfloat16, visible
 from stages.plan import GIB, Context, Machine, StagePlan, plan_stage
 from stages.plan.machine import TRAINING_SHARE, Gpu
 
@@ -54,6 +55,8 @@ def machine_of(
         raise UserError(f"{path}: num_processes: missing; say it there, or with --processes N")
     memory = round(gpu_memory * GIB) if gpu_memory else min(here, default=0)
     sharded = config is not None and config.distributed_type != "MULTI_GPU" and count > 1
+    if recipe.precision == "bfloat16" and not memory:
+        uses_bfloat16(recipe.precision)  # refuses it where this machine is many times slower with it
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and memory > 0)
     return Machine(count, memory, sharded, bfloat16, loading_attention(recipe))
 
@@ -96,10 +99,21 @@ class Alternative(NamedTuple):
     recipe: Recipe
 
 
-def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool) -> None:
-    """Checks and tells. Raises UserError for what the user must mend."""
+def run_plan(
+    recipe: Recipe,
+    wanted: tuple[StageName, ...],
+    runs_dir: Path,
+    machine: Machine,
+    *,
+    as_json: bool,
+    fresh: bool = False,
+) -> None:
+    """Checks and tells. Raises UserError for what the user must mend, StageFailed where a judge isn't good enough.
+
+    `fresh`: what is done is run again.
+    """
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what stages say on the way is no JSON
-        plans, context = _plans(recipe, wanted, runs_dir, machine, as_json=as_json)
+        plans, context = _plans(recipe, wanted, runs_dir, machine, as_json=as_json, fresh=fresh)
     if as_json:
         print(json.dumps(_as_json(context, plans), indent=2, ensure_ascii=False))
     else:
@@ -107,11 +121,15 @@ def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, mach
 
 
 def _plans(
-    recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool
+    recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool, fresh: bool
 ) -> tuple[list[StagePlan], Context]:
     check_inputs(recipe, wanted, machine.processes)
+    if machine.sharded:
+        _check_pieces(recipe, wanted)
     run = RunDir.of(recipe, runs_dir)
-    context, console = Context(recipe, run, machine), Console(stderr=True)
+    states = _states(recipe, wanted, run, fresh=fresh)
+    redone = frozenset(stage for stage, state in states.items() if state.name == "stale")
+    context, console = Context(recipe, run, machine, redone), Console(stderr=True)
     if not as_json:
         _print(f"plan: {recipe.name} for {machine}")
     plans = []
@@ -122,14 +140,54 @@ def _plans(
             found = plan_stage(context, stage)
             found.advice += _advice(context, found)
         plans.append(found)
+        for name in (stage, *upstream(recipe, stage)):
+            if states[name].name == "done":
+                check_gate(recipe, name, run)
         if not as_json:
-            state = state_of(recipe, stage, run)
-            check_gate(recipe, stage, run)
-            told = {"done": "done, would be skipped", "interrupted": "would go on where it was interrupted"}
-            _print(f"\n[{number}/{len(wanted)}] {stage}: {told.get(state.name, 'would run')}")
+            _print(f"\n[{number}/{len(wanted)}] {stage}: {_told(recipe, stage, wanted, states, run)}")
             for line in _lines(context, found):
                 _print(f"  {line}")
     return plans, context
+
+
+def _check_pieces(recipe: Recipe, wanted: tuple[StageName, ...]) -> None:
+    """Raises UserError for what no stage does where models lie in pieces."""
+    for stage in wanted:
+        if quantised_adapters(recipe, stage):
+            raise UserError(f"{stage}.lora.quantised: a base in 4 bits can't lie in pieces: leave that out, or FSDP")
+        if stage == "pretrain" and recipe.pretrain and recipe.pretrain.compile is True:
+            raise UserError("pretrain.compile: not where models are sharded (FSDP)")
+
+
+def _states(recipe: Recipe, wanted: tuple[StageName, ...], run: RunDir, *, fresh: bool) -> dict[StageName, State]:
+    """Where each of the recipe's stages stands; what stands on one that isn't done will be made anew with it."""
+    found: dict[StageName, State] = {}
+    for stage in recipe.stages:
+        state = state_of(recipe, stage, run)
+        before = [name for name in upstream(recipe, stage) if found[name].name in ("stale", "interrupted", "missing")]
+        if fresh and stage in wanted and state.name != "missing":
+            state = State("stale", "--fresh")
+        elif before and state.name in ("done", "interrupted"):
+            state = State("stale", f"{before[0]}, which it stands on, isn't done")
+        found[stage] = state
+    return found
+
+
+def _told(
+    recipe: Recipe, stage: StageName, wanted: tuple[StageName, ...], states: dict[StageName, State], run: RunDir
+) -> str:
+    """What a run would do with a stage."""
+    state, holder = states[stage], run.holder()
+    before = [name for name in upstream(recipe, stage) if name not in wanted and states[name].name != "done"]
+    if before:
+        return f"can't run yet: the stage {before[0]}, which it stands on, is {states[before[0]].name}"
+    if holder is not None and state.name != "done":
+        return f"would be refused now: another rlhf run (pid {holder}) is at work in {run.path}"
+    return {
+        "done": "done, would be skipped",
+        "interrupted": "would go on where it was interrupted",
+        "stale": f"would be redone, since {state.why} (the old one is moved aside)",
+    }.get(state.name, "would run")
 
 
 def _print(text: str) -> None:

@@ -9,20 +9,23 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from rlhf.data.rows import Kind
 from rlhf.errors import MissingInput, RlhfError
 from rlhf.footprint import WORKING, Footprint, Moment
-from rlhf.model import causal_lm_config
+from rlhf.model import causal_lm_config, check_embeddings
 from rlhf.recipe import JudgeSection, Recipe, Source, StageName, known_base, upstream
 from rlhf.rundir import RunDir
 from rlhf.sharding import layers_of
+from rlhf.tinyworld.words import Split
 from rlhf.tokenizer import load_tokenizer, token_info
-from stages.common import named_model
+from stages.common import named_model, open_data, report_faults
 from stages.plan.machine import Machine, Work
 from stages.sft import prepared
 
 T = TypeVar("T")
 
 ROWS_READ = 5000  # of each source, to know how long rows are
+TEXTS_FROM_HUB = 20  # which are long, and stand there one by one
 
 ADAM = 2  # moments of each trained number
 
@@ -135,6 +138,13 @@ class Beginning(NamedTuple):
         """Tokens that it can read."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
+    def grown(self) -> "Beginning":
+        """With an embedding for every token that its tokenizer has been given, as stages make it."""
+        text = self.config.get_text_config()
+        if self.tokenizer is not None:
+            text.vocab_size = max(text.vocab_size, len(self.tokenizer))
+        return self
+
 
 class JudgePlan(NamedTuple):
     """A judge's model."""
@@ -150,17 +160,22 @@ class Context(NamedTuple):
     recipe: Recipe
     run: RunDir
     machine: Machine
+    redone: frozenset[StageName] = frozenset()  # stages that are there, and will be made anew
 
     def beginning(self, stage: StageName) -> Beginning:
         """What the stage starts from: the model of a stage before it, where that is there, or else what it will be."""
         for name in ("sft", "pretrain"):
-            made = self.run.stage(name)
-            if name in upstream(self.recipe, stage) and made.summary() is not None and made.model.is_dir():
-                return self.named(str(made.model))
+            if name in upstream(self.recipe, stage) and self._there(name):
+                return self.named(str(self.run.stage(name).model))
         found = self.named(self.recipe.base) if self.recipe.base is not None else self._new()
         if "sft" in upstream(self.recipe, stage) and self.recipe.sft and found.tokenizer is not None:
             prepared(self.recipe, self.recipe.sft, found.name, found.tokenizer)
-        return found
+        return found.grown()
+
+    def _there(self, stage: StageName) -> bool:
+        """Whether a stage's model is there, to be stood on."""
+        made = self.run.stage(stage)
+        return stage not in self.redone and made.summary() is not None and made.model.is_dir()
 
     def named(self, name: str) -> Beginning:
         """A model by its directory or hub id. Raises MissingInput where nothing is known of it."""
@@ -173,12 +188,16 @@ class Context(NamedTuple):
                 why = (str(error).splitlines() or [""])[0]
                 raise MissingInput(f"no configuration could be loaded from {name}: {why[:300]}") from None
             config = AutoConfig.for_model(**known)
+        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
+            raise MissingInput(f"{name} holds a model's configuration and no weights (*.safetensors)")
         try:
-            return Beginning(config, start.tokenizer(), name)
+            tokenizer = start.tokenizer()
         except RlhfError:
             if Path(name).is_dir():
                 raise
             return Beginning(config, None, name)
+        check_embeddings(config.get_text_config().vocab_size, tokenizer, name)
+        return Beginning(config, tokenizer, name)
 
     def judges(self, sections: Iterable[JudgeSection], beginning: Beginning) -> list[JudgePlan]:
         """The models of judges; that of the reward stage as it will be, on what `beginning` says."""
@@ -196,8 +215,7 @@ class Context(NamedTuple):
     def _new(self) -> Beginning:
         """The model that pretrain will make."""
         m, recipe = self.recipe.model, self.recipe
-        made = self.run.stage("tokenizer")
-        tokenizer = load_tokenizer(made.model) if made.summary() is not None and made.model.is_dir() else None
+        tokenizer = load_tokenizer(self.run.stage("tokenizer").model) if self._there("tokenizer") else None
         assert recipe.tokenizer is not None
         special: dict[str, Any] = token_info(tokenizer) if tokenizer else {"pad_token_id": 0}
         config = causal_lm_config(
@@ -223,12 +241,36 @@ def read_if_there(found: StagePlan, sources: Sequence[Source], what: str, read: 
         return None
 
 
-def first_rows(sources: Iterable[Source], rows: int = ROWS_READ) -> tuple[Source, ...]:
-    """The sources, of which only the first rows are read; those that are on the hub are streamed, not downloaded."""
+def read_first(
+    context: Context,
+    stage: StageName,
+    sources: Sequence[Source],
+    kind: Kind,
+    split: Split,
+    then: Callable[[Any], Any] | None = None,
+    rows: int = ROWS_READ,
+) -> list[Any]:
+    """The first rows of the sources, as `open_data` gives them; says what was skipped."""
+    if not sources:
+        return []
+    few = {"texts": TEXTS_FROM_HUB}.get(kind)
+    opened = open_data(context.recipe, stage, first_rows(sources, rows, few), kind, split, then)
+    found = list(opened)
+    report_faults(opened)
+    return found
+
+
+def first_rows(sources: Iterable[Source], rows: int = ROWS_READ, from_hub: int | None = None) -> tuple[Source, ...]:
+    """The sources, of which only the first rows are read; those that are on the hub are streamed, not downloaded.
+
+    `from_hub`: how many rows of these, where that is another number.
+    """
     found = []
     for source in sources:
-        change: dict[str, Any] = {"rows": min(source.rows or rows, rows)}
-        if source.hub and not Path(source.hub).is_dir():
+        far = source.hub is not None and not Path(source.hub).is_dir()
+        most = from_hub if far and from_hub else rows
+        change: dict[str, Any] = {"rows": min(source.rows or most, most)}
+        if far:
             change |= {"streaming": True, "split": source.split.partition("[")[0]}  # a stream has no slices
         found.append(source.model_copy(update=change))
     return tuple(found)

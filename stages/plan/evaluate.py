@@ -15,14 +15,12 @@ from rlhf.recipe import EvaluateSection, evaluating_judges, evaluating_sampling,
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
 from rlhf.tokenizer import begin_id, encode_prompt, encode_texts
-from stages.common import open_data
 from stages.evaluate import tasks_of
 from stages.evaluate.answering import read_test_prompts
 from stages.plan import passes
-from stages.plan.base import Beginning, Context, StagePlan, counting, first_rows, memory_of, read_if_there
+from stages.plan.base import Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
 
-TEXTS_READ = 50  # of each source, to know how long they are
 ANSWERED = 256  # prompts that are answered at a time
 LARGEST_BATCHES = 3  # of all tasks
 
@@ -37,6 +35,10 @@ def plan(context: Context) -> StagePlan:
     drawing = Drawing(**evaluating_sampling(recipe).model_dump())
     models = len({"base", *(name for name in ("sft", "ppo") if name in upstream(recipe, "evaluate"))})
     longest = _longest_text(context, settings, beginning, found)
+    compared = settings.comparisons
+    read_if_there(
+        found, compared, "the comparisons", lambda: read_first(context, "evaluate", compared, "comparisons", "test")
+    )
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
             model = passes.causal_lm(beginning.config, machine)
@@ -73,8 +75,8 @@ def _longest_text(context: Context, settings: EvaluateSection, beginning: Beginn
         return most
 
     def longest() -> int:
-        texts = open_data(context.recipe, "evaluate", first_rows(settings.texts, TEXTS_READ), "texts", "test")
-        return max(map(len, encode_texts(tokenizer, list(texts), control=False)))
+        texts = read_first(context, "evaluate", settings.texts, "texts", "test")
+        return max(map(len, encode_texts(tokenizer, texts, control=False)), default=0)
 
     return min(most, read_if_there(found, settings.texts, "the texts", longest) or most)
 

@@ -60,6 +60,9 @@ def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTra
             f"transformers has no sequence classifier for {config.model_type}, so such a model can't be a reward model"
         )
     config.num_labels = heads
+    for each in (config, config.get_text_config()):
+        if getattr(each, "pad_token_id", None) is None:
+            each.pad_token_id = 0  # stages give it their tokenizer's
     return _built(AutoModelForSequenceClassification, config, machine)
 
 

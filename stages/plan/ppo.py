@@ -14,13 +14,16 @@ from rlhf.likelihood import TokenReader, head_stands_apart
 from rlhf.model import Critic, checkpoint_layers, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
+from rlhf.tinyworld.words import Split
 from rlhf.tokenizer import encode_prompt
-from stages.common import open_data
+from stages.common import check_room, fitting
 from stages.lora import SameAdapter, add_adapter, target_names, using_adapter
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, first_rows, memory_of, read_if_there
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
+from stages.ppo.doctor import Doctor
 from stages.ppo.episodes import microbatches_of
+from stages.ppo.layouts import check_layout, check_pad
 from stages.ppo.roles import CRITIC, POLICY, REWARD
 from stages.ppo.rollout import Budget
 
@@ -50,7 +53,10 @@ def plan(context: Context) -> StagePlan:
     found = StagePlan("ppo")
     beginning = context.beginning("ppo")
     drawing = Drawing(**settings.sampling.model_dump())
+    check_layout(settings)
+    Doctor(settings.doctor.off)
     prompts = _prompts(context, settings, beginning, found)
+    _read_texts(context, settings, beginning, found)
     with passes.on(machine) as footprint:
         models = _models(context, settings, beginning, footprint)
         budget = Budget.of(settings, models.policy)
@@ -89,19 +95,31 @@ def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found
         found.unchecked.append(f"the prompts: the tokenizer isn't here yet; all are taken to have {room} tokens")
         return [max(1, room)]
     tokenizer = beginning.tokenizer
-    lists = [each for each in (settings.prompts, settings.test_prompts, settings.validation_prompts) if each]
+    check_pad(beginning.name, tokenizer)
+    keys = [key for key in ("prompts", "test_prompts", "validation_prompts") if getattr(settings, key)]
 
     def read() -> list[list[int]]:
-        opened = [
-            open_data(context.recipe, "ppo", first_rows(each, PROMPTS_READ), "prompts", "train") for each in lists
-        ]
-        return [encode_prompt(tokenizer, messages) for each in opened for messages in each]
+        asked = []
+        for key in keys:
+            split: Split = "test" if "test" in key else "train"
+            opened = read_first(context, "ppo", getattr(settings, key), "prompts", split, rows=PROMPTS_READ)
+            encoded = [encode_prompt(tokenizer, messages) for messages in opened]
+            asked += fitting(encoded, len, beginning.context, settings.sampling.max_tokens, f"ppo.{key}")
+        return asked
 
-    every = [source for each in lists for source in each]
-    asked = read_if_there(found, every, f"the prompts, which are taken to have {room} tokens", read) or []
+    every = [source for key in keys for source in getattr(settings, key)]
+    asked = read_if_there(found, every, f"the prompts, which are taken to have {room} tokens", read)
     found.shown = tokenizer.decode(asked[0])[:SHOWN] if asked else ""
-    fit = [len(ids) for ids in asked if len(ids) <= beginning.context - settings.sampling.max_tokens]
-    return fit or [max(1, room)]
+    return list(map(len, asked)) if asked else [max(1, room)]
+
+
+def _read_texts(context: Context, settings: PpoSection, beginning: Beginning, found: StagePlan) -> None:
+    """Looks at the first of the texts that are mixed in."""
+    if settings.ptx is None:
+        return
+    check_room(beginning.context, "ppo.ptx.sequence_length", settings.ptx.sequence_length)
+    texts = settings.ptx.train
+    read_if_there(found, texts, "the texts", lambda: read_first(context, "ppo", texts, "texts", "train"))
 
 
 def _models(context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint) -> Models:

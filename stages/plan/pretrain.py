@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from rlhf.footprint import Footprint
 from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, microbatches
-from stages.common import open_data
+from stages.common import check_room
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, first_rows, memory_of, read_if_there
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
 from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -20,7 +20,6 @@ from stages.pretrain.speed import flops_per_token
 from stages.pretrain.training import BETAS, EPSILON
 
 SHOWN = 300  # characters of the first document
-TEXTS_READ = 20  # of each source
 GOOD_STATES = "good states, to go back to after a spike"
 
 
@@ -30,6 +29,8 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("pretrain")
     beginning = context.beginning("pretrain")
+    if context.recipe.base is not None:
+        check_room(beginning.context, "pretrain.sequence_length", settings.sequence_length)
     schedule = Plan(settings)
     mine, _ = microbatches(context.recipe, "pretrain", context.machine.processes)
     _read(context, settings, found)
@@ -60,14 +61,16 @@ def plan(context: Context) -> StagePlan:
 
 
 def _read(context: Context, settings: PretrainSection, found: StagePlan) -> None:
-    """Looks at the first of the training texts."""
+    """Looks at the first of the texts."""
+    replayed = settings.replay.train if settings.replay else ()
 
     def read() -> str:
-        list(open_data(context.recipe, "pretrain", first_rows(settings.validation, TEXTS_READ), "texts", "validation"))
-        texts = open_data(context.recipe, "pretrain", first_rows(settings.train, TEXTS_READ), "texts", "train")
-        return str(next(iter(texts)))[:SHOWN]
+        read_first(context, "pretrain", settings.validation, "texts", "validation")
+        texts = read_first(context, "pretrain", (*settings.train, *replayed), "texts", "train")
+        return str(texts[0])[:SHOWN]
 
-    found.shown = read_if_there(found, (*settings.train, *settings.validation), "the texts", read) or ""
+    sources = (*settings.train, *replayed, *settings.validation)
+    found.shown = read_if_there(found, sources, "the texts", read) or ""
 
 
 def _go_through(

@@ -13,8 +13,7 @@ from rlhf.functional.bradley_terry import preference_loss
 from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
-from rlhf.tokenizer import encode_prompt, prepare_for_chat
-from stages.common import open_data
+from rlhf.tokenizer import encode_prompt
 from stages.lora import add_adapters
 from stages.plan import passes
 from stages.plan.base import (
@@ -24,13 +23,13 @@ from stages.plan.base import (
     Context,
     StagePlan,
     counting,
-    first_rows,
     memory_of,
+    read_first,
     read_if_there,
 )
 from stages.plan.machine import Work
 from stages.reward.normalise import reference_way
-from stages.reward.reading import Judge, Pair, Reading
+from stages.reward.reading import Judge, Pair, Reading, check_chat, check_some, prepared
 from stages.reward.train import VALIDATION_PAIRS, pair_order
 
 SHOWN = 1500  # characters of the first comparison
@@ -64,6 +63,8 @@ def plan(context: Context) -> StagePlan:
     reference = context.beginning("reward")
     taken = settings.from_ or settings.start
     beginning = context.named(taken) if taken else reference
+    if reference.tokenizer is not None:
+        check_chat(reference.name, reference.tokenizer)
     way = Drawing(**reference_way(recipe).model_dump())
     size = steps = 1
     if not settings.from_:
@@ -141,18 +142,19 @@ def _lengths(
     whole = Shape(2 * size, most, size)
     unknown = Lengths(ROWS_READ, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
     if settings.collect:
+        asked = settings.collect.prompts
+        read_if_there(found, asked, "the prompts", lambda: read_first(context, "reward", asked, "prompts", "train"))
         return unknown._replace(pairs=_collected(settings), mean=float(most))
     if beginning.tokenizer is None:
         found.unchecked.append("the comparisons: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
-    if not settings.from_:
-        prepare_for_chat(beginning.tokenizer, "rlhf")
+    prepared(settings, beginning.name, beginning.tokenizer)
     reading = Reading(Judge(model, beginning.tokenizer, True, True, []), settings)
     read = read_if_there(
         found,
         (*settings.train, *settings.test),
         "the comparisons, which are taken to be max_tokens long",
-        lambda: [_pairs(context, reading, sources) for sources in (settings.train, settings.test)],
+        lambda: [_pairs(context, reading, getattr(settings, split), split) for split in ("train", "test")],
     )
     if read is None:
         return unknown
@@ -187,11 +189,14 @@ def _collected(settings: RewardSection) -> int:
     return settings.collect.train_prompts * each * (each - 1) // 2
 
 
-def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> list[Pair]:
+def _pairs(context: Context, reading: Reading, sources: Sequence[Source], split: str) -> list[Pair]:
+    """Those that the judge can read. Raises DataError, as the stage does, where there is none."""
     if not sources:
         return []
-    read = open_data(context.recipe, "reward", first_rows(sources), "comparisons", "train", then=reading.pair)
-    return [pair for pair in read if pair is not None]
+    read = read_first(context, "reward", sources, "comparisons", "train", reading.pair)
+    pairs = [pair for pair in read if pair is not None]
+    check_some(pairs, split, reading)
+    return pairs
 
 
 def largest_of(shapes: list[Shape]) -> Shape:

@@ -14,8 +14,8 @@ from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
-from rlhf.tokenizer import encode_prompt
-from stages.common import training_order
+from rlhf.tokenizer import begin_id, encode_prompt
+from stages.common import check_room, training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
@@ -62,6 +62,7 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("sft")
     beginning = context.beginning("sft")
+    check_room(beginning.context, "sft.max_tokens", settings.max_tokens)
     size, steps = microbatches(recipe, "sft", machine.processes)
     lengths = _lengths(context, settings, beginning, size, found)
     with passes.on(machine) as footprint:
@@ -101,7 +102,10 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     if tokenizer is None:
         found.unchecked.append("the conversations: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
+    if "evaluate" in recipe.stages:
+        begin_id(tokenizer)
     prepared(recipe, settings, beginning.name, tokenizer)
+    beginning.grown()
     some = {"train": first_rows(settings.train), "validation": first_rows(settings.validation)}
     read = read_if_there(
         found,
