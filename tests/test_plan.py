@@ -203,6 +203,24 @@ def test_dropout_that_no_stage_has_is_not_counted() -> None:
     assert found[0] == found[1]
 
 
+def test_muon_keeps_one_moment_of_the_layers_matrices() -> None:
+    adamw, muon = (
+        plan_stage(context("model.width=256", f"pretrain.optimizer={kind}"), "pretrain") for kind in ("adamw", "muon")
+    )
+    assert adamw.memory is not None and muon.memory is not None
+    inner = 4 * 2 * (4 * 256**2 + 3 * 256 * 672)  # bytes
+    assert adamw.memory.roles[OPTIMISER] - muon.memory.roles[OPTIMISER] == pytest.approx(inner, rel=0.01)
+    assert adamw.disk - muon.disk == pytest.approx(3 * 3 * inner)  # three checkpoints of three states each
+
+
+def test_texts_that_are_mixed_into_ppo_are_read() -> None:
+    plain = plan_stage(context(), "ppo").memory
+    ptx = "ppo.ptx={train: [{builtin: tinyworld, rows: 10}], tokens_per_minibatch: 8000, sequence_length: 100}"
+    mixed = plan_stage(context(ptx), "ppo").memory
+    assert plain is not None and mixed is not None
+    assert mixed.phase == "the policy's step on texts" and mixed.total > plain.total
+
+
 def test_ppo_holds_what_its_layout_holds() -> None:
     found = {}
     for layout in ("full", "shared", "adapters"):

@@ -124,7 +124,7 @@ def ids(rows: int, tokens: int) -> Tensor:
 def learn(
     footprint: Footprint,
     phase: str,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     loss: Callable[[], Tensor],
     *,
     several: bool,
@@ -132,26 +132,38 @@ def learn(
     optimiser: str = OPTIMISER,
 ) -> None:
     """An optimiser step with its largest microbatch; with `several` the gradients of others are there before."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = moved_by(optimizers)
     with footprint.phase(phase):
         if several:
             _have_gradients(footprint, parameters, gradients)
         loss().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        with footprint.role(optimiser):
-            optimizer.step()
-        optimizer.zero_grad()
+        _step(footprint, optimizers, optimiser)
 
 
 def have_state(
-    footprint: Footprint, optimizer: torch.optim.Optimizer, gradients: str = GRADIENTS, optimiser: str = OPTIMISER
+    footprint: Footprint,
+    optimizers: Sequence[torch.optim.Optimizer],
+    gradients: str = GRADIENTS,
+    optimiser: str = OPTIMISER,
 ) -> None:
-    """Gives an optimiser the state that it has from its first step on."""
+    """Gives optimisers the state that they have from their first step on."""
     with footprint.phase("the first step's end"):
-        _have_gradients(footprint, [p for group in optimizer.param_groups for p in group["params"]], gradients)
-        with footprint.role(optimiser):
+        _have_gradients(footprint, moved_by(optimizers), gradients)
+        _step(footprint, optimizers, optimiser)
+
+
+def _step(footprint: Footprint, optimizers: Sequence[torch.optim.Optimizer], role: str) -> None:
+    with footprint.role(role):
+        for optimizer in optimizers:
             optimizer.step()
+    for optimizer in optimizers:
         optimizer.zero_grad()
+
+
+def moved_by(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """The parameters that optimisers move."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def _have_gradients(footprint: Footprint, parameters: Sequence[nn.Parameter], role: str) -> None:

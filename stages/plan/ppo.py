@@ -256,13 +256,18 @@ def _go_through(
             ids = passes.ids(rows, length)
             return models.values(ids, ids).float().sum()
 
+    def texts_loss(texts: int, length: int) -> Tensor:
+        with passes.computing(machine):
+            states = states_of(models.policy, reader, POLICY, passes.ids(texts, length)).flatten(0, 1)
+            return reader.read(states, torch.zeros(len(states), dtype=torch.long)).logprobs.sum()
+
     policy_moves = passes.adam(models.policy_parameters)
     critic_moves = passes.adam(models.critic_parameters)
     footprint.name_gradients(models.policy_parameters, POLICYS[0])
     footprint.name_gradients(models.critic_parameters, CRITICS[0])
     if settings.updates * settings.epochs * settings.minibatches > 1:
-        passes.have_state(footprint, policy_moves, *POLICYS)
-        passes.have_state(footprint, critic_moves, *CRITICS)
+        passes.have_state(footprint, [policy_moves], *POLICYS)
+        passes.have_state(footprint, [critic_moves], *CRITICS)
     with passes.computing(machine):
         passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size, settings.engine)
         for judge in models.judges:
@@ -274,13 +279,20 @@ def _go_through(
             models.values(ids, states)
     models.policy.train()
     models.critic.train()
+    if settings.ptx:
+        length = settings.ptx.sequence_length
+        share = -(-settings.ptx.tokens_per_minibatch // length // machine.processes)
+        texts = min(share, max(1, budget.tokens // (length + 1)))
+        roles = dict(zip(("gradients", "optimiser"), POLICYS, strict=True))
+        learned = partial(texts_loss, texts, length)
+        passes.learn(footprint, "the policy's step on texts", [policy_moves], learned, several=share > texts, **roles)
     for phase, optimizer, loss, (gradients, optimiser) in (
         ("the policy's step", policy_moves, policy_loss, POLICYS),
         ("the critic's step", critic_moves, value_loss, CRITICS),
     ):
         if phase.startswith("the policy") or settings.layout != "shared":
             roles = {"gradients": gradients, "optimiser": optimiser}
-            passes.learn(footprint, phase, optimizer, partial(loss, *largest), several=several, **roles)
+            passes.learn(footprint, phase, [optimizer], partial(loss, *largest), several=several, **roles)
 
 
 def _shapes(lengths: list[int], budget: Budget) -> list[tuple[int, int]]:

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters, decay_groups
+from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters
+from rlhf.muon import Muon
 from rlhf.recipe import PretrainSection, microbatches
 from stages.common import check_room
 from stages.plan import passes
@@ -17,7 +18,7 @@ from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
 from stages.pretrain.loss import TokenLoss, positions_in_documents
 from stages.pretrain.plan import Plan
 from stages.pretrain.speed import flops_per_token
-from stages.pretrain.training import BETAS, EPSILON
+from stages.pretrain.training import optimizers_of
 
 SHOWN = 300  # characters of the first document
 GOOD_STATES = "good states, to go back to after a spike"
@@ -41,8 +42,14 @@ def plan(context: Context) -> StagePlan:
         size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
         found.parameters = found.trained = count_parameters(model)
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
+        optimizers = optimizers_of(model, settings)
+        moments = sum(
+            (1 if isinstance(optimizer, Muon) else ADAM) * parameter.numel()
+            for optimizer in optimizers
+            for parameter in passes.moved_by([optimizer])
+        )
         with counting(found):
-            _go_through(context, settings, beginning, schedule, size, model, footprint)
+            _go_through(context, settings, beginning, schedule, size, model, optimizers, footprint)
             found.memory = memory_of(footprint, context.machine, model, found.trained)
     found.tokens = schedule.tokens
     rows = schedule.parts[-1].rows // context.machine.processes
@@ -56,7 +63,7 @@ def plan(context: Context) -> StagePlan:
     states = 3 if settings.spikes.action == "roll_back" else 1
     token = 2 if beginning.config.get_text_config().vocab_size <= 2**16 else 4
     kept = context.recipe.checkpoints.keep + 1  # and the one that is being written
-    found.disk = kept * states * (1 + ADAM) * weights + weights + token * schedule.tokens
+    found.disk = kept * states * (weights + 4 * moments) + weights + token * schedule.tokens
     return found
 
 
@@ -80,6 +87,7 @@ def _go_through(
     schedule: Plan,
     size: int,
     model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
     footprint: Footprint,
 ) -> None:
     """Measures, trains and measures again, as the stage does."""
@@ -92,7 +100,6 @@ def _go_through(
     model.train()
     loss = TokenLoss(model, settings.z_loss)
     footprint.name_gradients(model.parameters())
-    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), betas=BETAS, eps=EPSILON, fused=True)
 
     def objective(rows: int) -> Tensor:
         inputs = passes.ids(rows, length)
@@ -102,9 +109,9 @@ def _go_through(
 
     mine = schedule.parts[-1].rows // machine.processes
     if schedule.steps > 1:
-        passes.have_state(footprint, optimizer)
-    kept = _good_states(settings, schedule, model, optimizer, footprint) if not machine.on_gpus else []
-    passes.learn(footprint, "a training step", optimizer, partial(objective, min(size, mine)), several=mine > size)
+        passes.have_state(footprint, optimizers)
+    kept = _good_states(settings, schedule, model, optimizers, footprint) if not machine.on_gpus else []
+    passes.learn(footprint, "a training step", optimizers, partial(objective, min(size, mine)), several=mine > size)
     model.eval()
     passes.read_texts(footprint, model, longest, rows=8192)
     del kept
@@ -114,7 +121,7 @@ def _good_states(
     settings: PretrainSection,
     schedule: Plan,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     footprint: Footprint,
 ) -> list[Tensor]:
     """What is kept to go back to after a spike, in the host's memory: two states, or one of so short a training.
@@ -124,7 +131,13 @@ def _good_states(
     if settings.spikes.action != "roll_back":
         return []
     weights = list({id(p): p for p in model.parameters()}.values())
-    moments = [value for each in optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
+    moments = [
+        value
+        for optimizer in optimizers
+        for each in optimizer.state.values()
+        for value in each.values()
+        if torch.is_tensor(value)
+    ]
     kept_later = (schedule.steps - 1) // min(settings.spikes.good_every, schedule.steps)  # states after the first
     states = [*weights, *moments] * min(2, kept_later) + weights * (kept_later < 2)
     with footprint.phase("keeping a good state"), footprint.role(GOOD_STATES):

@@ -236,7 +236,7 @@ def _train(
     adapted.train()
     footprint.name_gradients(adapted.parameters())
     optimizer = passes.adam(passes.trained(adapted))
-    passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
+    passes.learn(footprint, "the first training step", [optimizer], partial(loss, lengths.first), several=several)
     if settings.epochs * lengths.pairs > settings.pairs_per_step:
-        passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
+        passes.learn(footprint, "a training step", [optimizer], partial(loss, lengths.largest), several=several)
     adapted.eval()

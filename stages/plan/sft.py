@@ -182,11 +182,11 @@ def _go_through(
     model.train()
     footprint.name_gradients(model.parameters())
     optimizer = passes.adam(passes.trained(model))
-    passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
+    passes.learn(footprint, "the first training step", [optimizer], partial(loss, lengths.first), several=several)
     with footprint.role(BEST):
         best = [p.detach().clone() for p in passes.trained(model)] if settings.early_stopping else []
     if settings.steps > 1:
-        passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
+        passes.learn(footprint, "a training step", [optimizer], partial(loss, lengths.largest), several=several)
     model.eval()
     validate()
     del optimizer

@@ -71,7 +71,7 @@ class Training:
             loss.compile()
         self.held = holding.learning(loss)
         self.learner: TokenLoss = self.held.learner
-        self.loss, self.optimizers = holding.prepared(self.learner, _optimizers(self.learner.model, settings))
+        self.loss, self.optimizers = holding.prepared(self.learner, optimizers_of(self.learner.model, settings))
         self.metrics = job.metrics()
         self.saver = Saver(job, self.metrics)
         self.guard = Guard(settings.spikes, math.log(model.config.get_text_config().vocab_size), plan.steps)
@@ -245,7 +245,8 @@ class Training:
         self._begin_window()
 
 
-def _optimizers(model: PreTrainedModel, settings: PretrainSection) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: PreTrainedModel, settings: PretrainSection) -> list[torch.optim.Optimizer]:
+    """What moves the model's weights: each takes its own part of them."""
     if settings.optimizer == "muon":
         return muon_with_adamw(model, settings.learning_rate, settings.weight_decay, BETAS, EPSILON)
     groups = decay_groups(model, settings.weight_decay)
