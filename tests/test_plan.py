@@ -521,6 +521,53 @@ def test_what_a_base_cannot_do_is_refused(tmp_path: Path, tokenizer: PreTrainedT
         run_plan(recipe, ("sft",), tmp_path, Machine(2, 0, sharded=True), as_json=False)
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_planned_where_that_is_allowed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is to be asked"))
+    base = saved(tmp_path / "base", LlamaConfig(**TINY, **HEADS), tokenizer)
+    (base / "own.py").write_text(OWN_CODE)
+    config = json.loads((base / "config.json").read_text())
+    brought = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": brought}))
+    recipe = recipe_on(base, tmp_path, f"trust_remote_code=[{base}]")
+    run_plan(recipe, ("sft",), tmp_path, Machine(1, 0), as_json=False)
+    with pytest.raises(RlhfError, match="no sequence classifier for own"):
+        run_plan(recipe, ("reward",), tmp_path, Machine(1, 0), as_json=False)
+    with pytest.raises(RlhfError, match="custom code"):
+        run_plan(recipe_on(base, tmp_path), ("sft",), tmp_path, Machine(1, 0), as_json=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("{hub: FOLDER}", "train.jsonl, line 2|row 2"),
+        ("{hub: FOLDER, split: train_sft}", "train_sft"),
+        ("{hub: /nowhere/at/all}", "/nowhere/at/all"),
+    ],
+)
+def test_faults_of_a_folder_in_the_hubs_shape_are_the_users(tmp_path: Path, source: str, told: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(GOOD + '{"prompt": "a", "completion": ""}\n')
+    recipe = load_recipe(str(TINY_RECIPE), [f"tokenizer.train=[{source.replace('FOLDER', str(folder))}]"])
+    with pytest.raises(RlhfError, match=told):
+        run_plan(recipe, ("tokenizer",), tmp_path, Machine(1, 0), as_json=False)
+    far = load_recipe(str(TINY_RECIPE), ["tokenizer.train=[{hub: no/such}]"])
+    run_plan(far, ("tokenizer",), tmp_path, Machine(1, 0), as_json=False)  # nobody can tell
+
+
 def test_what_will_be_redone_is_planned_anew(finished_chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A wider model: pretrain is stale, and all that stands on it, whose models are those that will be."""
     recipe = load_recipe(str(TINY_RECIPE), ["model.width=64"])

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.data.rows import Kind
-from rlhf.errors import MissingInput, RlhfError
+from rlhf.errors import DataError, MissingInput, RlhfError
 from rlhf.footprint import WORKING, Footprint, Moment
 from rlhf.model import causal_lm_config, check_embeddings
 from rlhf.recipe import JudgeSection, Recipe, Source, StageName, known_base, upstream
@@ -228,14 +228,14 @@ class Context(NamedTuple):
 
 
 def read_if_there(found: StagePlan, sources: Sequence[Source], what: str, read: Callable[[], T]) -> T | None:
-    """What `read` gives; None, and a word in the plan, where it fails and some of it is on the hub.
+    """What `read` gives; None, and a word in the plan, where some of it is on the hub and can't be had.
 
-    Of files alone a fault is the user's, and raised.
+    A fault of files, a folder in the hub's shape among them, and of a row is the user's, and raised.
     """
     try:
         return read()
     except RlhfError as error:
-        if not any(source.hub for source in sources):
+        if isinstance(error, DataError) or not any(is_far(source) for source in sources):
             raise
         found.unchecked.append(f"{what}: {error}")
         return None
@@ -260,6 +260,11 @@ def read_first(
     return found
 
 
+def is_far(source: Source) -> bool:
+    """Whether it is read over the network; a name that can only be a path's isn't."""
+    return source.hub is not None and not Path(source.hub).is_dir() and not source.hub.startswith((".", "/", "~"))
+
+
 def first_rows(sources: Iterable[Source], rows: int = ROWS_READ, from_hub: int | None = None) -> tuple[Source, ...]:
     """The sources, of which only the first rows are read; those that are on the hub are streamed, not downloaded.
 
@@ -267,7 +272,7 @@ def first_rows(sources: Iterable[Source], rows: int = ROWS_READ, from_hub: int |
     """
     found = []
     for source in sources:
-        far = source.hub is not None and not Path(source.hub).is_dir()
+        far = is_far(source)
         most = from_hub if far and from_hub else rows
         change: dict[str, Any] = {"rows": min(source.rows or most, most)}
         if far:

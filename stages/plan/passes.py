@@ -55,7 +55,8 @@ def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
 
 def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
     """A sequence classifier of this configuration. Raises UserError where transformers has none of its family."""
-    if type(config) not in AutoModelForSequenceClassification._model_mapping and not config.to_dict().get("auto_map"):
+    own = _has_own_code(config) and AutoModelForSequenceClassification.__name__ in config.auto_map
+    if type(config) not in AutoModelForSequenceClassification._model_mapping and not own:
         raise UserError(
             f"transformers has no sequence classifier for {config.model_type}, so such a model can't be a reward model"
         )
@@ -69,10 +70,15 @@ def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTra
 def _built(loader: Any, config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
     """As a stage loads it. Pieces are gathered in the precision of the passes."""
     dtype = torch.bfloat16 if machine.bfloat16 and machine.sharded else torch.float32
-    how = {"attn_implementation": machine.attention} if machine.attention else {}
+    how: dict[str, Any] = {"attn_implementation": machine.attention} if machine.attention else {}
+    how["trust_remote_code"] = _has_own_code(config)  # which the recipe has allowed, or it would not be loaded
     model: PreTrainedModel = loader.from_config(config, dtype=dtype, **how)
     disable_dropout(model)
     return model.eval()
+
+
+def _has_own_code(config: PreTrainedConfig) -> bool:
+    return type(config).__module__.startswith("transformers_modules.")
 
 
 class _Dequantised(torch.autograd.Function):
