@@ -39,6 +39,8 @@ def run(
     be mended first, StageFailed where a stage ended without finishing, Interrupted where it was asked to stop.
     """
     wanted = wanted_stages(recipe, stage)
+    if processes is not None and processes < 1:
+        raise UserError(f"processes: {processes} is less than one")
     launch = open_launch_file(launch_config, processes) if launch_config else None
     if launch and launch.config.num_machines > 1:
         raise UserError(f"{launch.path}: several machines are for the command line: each of them runs it")

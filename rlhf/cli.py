@@ -94,7 +94,7 @@ def run(
         from rlhf.plan import machine_of, run_plan
 
         machine = machine_of(settings, None, None, processes, launch_config)
-        run_plan(settings, wanted, runs_dir, machine, as_json=False)
+        run_plan(settings, wanted, runs_dir, machine, as_json=False, fresh=fresh)
         return
     command = "rlhf " + " ".join(sys.argv[1:])
     said = [argument for argument in sys.argv[1:] if argument not in ("run", "--fresh")]

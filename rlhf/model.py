@@ -379,7 +379,11 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
     """Raises UserError where the tokenizer has tokens that the model has no embedding for."""
-    rows = model.get_input_embeddings().num_embeddings
+    check_embeddings(model.get_input_embeddings().num_embeddings, tokenizer, directory)
+
+
+def check_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """The same, of a model with so many embeddings."""
     if len(tokenizer) > rows:
         raise UserError(f"{directory}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,} embeddings")
 

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from rlhf.chain import check_gate, check_inputs, state_of
+from rlhf.chain import State, check_gate, check_inputs, state_of
 from rlhf.choices import loading_attention
 from rlhf.errors import RecipeError, UserError
-from rlhf.launch_file import find_launch_file, read_launch_file
-from rlhf.recipe import LoraSection, Recipe, StageName, microbatches
+from rlhf.launch_file import LaunchConfig, find_launch_file, read_launch_file
+from rlhf.quantisation import quantised_adapters
+from rlhf.recipe import LoraSection, Recipe, StageName, microbatches, upstream
 from rlhf.rundir import RunDir
-from rlhf.runtime import quiet_libraries, visible
+from rlhf.runtime import quiet_libraries, uses_bfloat16, visible
 from stages.plan import GIB, Context, Machine, StagePlan, plan_stage
 from stages.plan.machine import TRAINING_SHARE, Gpu
 
@@ -34,24 +35,54 @@ def machine_of(
 ) -> Machine:
     """What is planned for: what the options say, or else the recipe's `hardware`, or else what is here.
 
-    `launch`: a launch file or the name of one. Raises UserError where the options don't say enough.
+    `launch`: a launch file or the name of one. Raises UserError where the options don't say enough, or contradict.
     """
+    path = find_launch_file(launch) if launch else None
+    config = read_launch_file(path) if path else None
+    _check_options(gpus, gpu_memory, processes, path, config)
+    on_cpus = gpus == 0 or (config is not None and config.use_cpu)
     hardware = recipe.hardware
-    said = gpus is not None or gpu_memory is not None or processes is not None
-    if hardware and not said:
-        gpus, gpu_memory, launch = hardware.gpus, hardware.gpu_memory, launch or hardware.launch or ""
-    config = read_launch_file(find_launch_file(launch)) if launch else None
-    sharded = config is not None and config.distributed_type != "MULTI_GPU"
-    count = gpus or processes or (config.num_processes if config else None)
-    attention = loading_attention(recipe)
-    if gpus == 0 or (config and config.use_cpu):
-        return Machine(count or 1, 0, sharded, recipe.precision == "bfloat16", attention)
-    here = _gpus_here() if gpu_memory is None else []
-    if gpu_memory is None and gpus and not here:
-        raise UserError("--gpus: say with --gpu-memory how many GiB each of them has")
+    if hardware and not on_cpus and gpus is None and gpu_memory is None and processes is None:
+        gpus, gpu_memory = (config.num_processes if config else None) or hardware.gpus, hardware.gpu_memory
+        if hardware.launch and not config:
+            config = read_launch_file(find_launch_file(hardware.launch))
+    here = [] if on_cpus or gpu_memory is not None else _gpus_here()
+    if not here and not on_cpus and gpu_memory is None and (gpus or path):
+        asks = "--gpus" if gpus else f"{path} starts processes on GPUs, and torch finds none here"
+        raise UserError(f"{asks}: say with --gpu-memory how many GiB each of them has")
+    count = gpus or processes or (config.num_processes if config else None) or (len(here) if config else 1)
+    if not count:
+        raise UserError(f"{path}: num_processes: missing; say it there, or with --processes N")
     memory = round(gpu_memory * GIB) if gpu_memory else min(here, default=0)
+    sharded = config is not None and config.distributed_type != "MULTI_GPU" and count > 1
+    if recipe.precision == "bfloat16" and not memory:
+        uses_bfloat16(recipe.precision)  # refuses it where this machine is many times slower with it
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and memory > 0)
-    return Machine(count or (len(here) if config else 1), memory, sharded, bfloat16, attention)
+    return Machine(count, memory, sharded, bfloat16, loading_attention(recipe))
+
+
+def _check_options(
+    gpus: int | None,
+    gpu_memory: float | None,
+    processes: int | None,
+    path: Path | None,
+    config: LaunchConfig | None,
+) -> None:
+    """Raises UserError where two of them can't both be true."""
+    if gpus == 0 and gpu_memory is not None:
+        raise UserError("--gpus 0 means this machine's CPU, and --gpu-memory is that of a GPU; leave one of them out")
+    if gpus and processes and gpus != processes:
+        raise UserError(f"--gpus {gpus} and --processes {processes} disagree: there is a process on each GPU")
+    if config is None:
+        return
+    if config.use_cpu and (gpus or gpu_memory is not None):
+        raise UserError(f"{path} starts processes on CPUs; leave it out, or --gpus and --gpu-memory")
+    if gpus == 0 and not config.use_cpu:
+        raise UserError(f"--gpus 0 means this machine's CPU, and {path} starts processes on GPUs")
+    asked = config.num_processes
+    for option, said in (("--gpus", gpus), ("--processes", processes)):
+        if asked and said and asked != said:
+            raise UserError(f"{option} {said} and {path} (num_processes: {asked}) disagree; leave one of them out")
 
 
 def _gpus_here() -> list[int]:
@@ -68,10 +99,21 @@ class Alternative(NamedTuple):
     recipe: Recipe
 
 
-def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool) -> None:
-    """Checks and tells. Raises UserError for what the user must mend."""
+def run_plan(
+    recipe: Recipe,
+    wanted: tuple[StageName, ...],
+    runs_dir: Path,
+    machine: Machine,
+    *,
+    as_json: bool,
+    fresh: bool = False,
+) -> None:
+    """Checks and tells. Raises UserError for what the user must mend, StageFailed where a judge isn't good enough.
+
+    `fresh`: what is done is run again.
+    """
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what stages say on the way is no JSON
-        plans, context = _plans(recipe, wanted, runs_dir, machine, as_json=as_json)
+        plans, context = _plans(recipe, wanted, runs_dir, machine, as_json=as_json, fresh=fresh)
     if as_json:
         print(json.dumps(_as_json(context, plans), indent=2, ensure_ascii=False))
     else:
@@ -79,11 +121,15 @@ def run_plan(recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, mach
 
 
 def _plans(
-    recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool
+    recipe: Recipe, wanted: tuple[StageName, ...], runs_dir: Path, machine: Machine, *, as_json: bool, fresh: bool
 ) -> tuple[list[StagePlan], Context]:
     check_inputs(recipe, wanted, machine.processes)
+    if machine.sharded:
+        _check_pieces(recipe, wanted)
     run = RunDir.of(recipe, runs_dir)
-    context, console = Context(recipe, run, machine), Console(stderr=True)
+    states = _states(recipe, wanted, run, fresh=fresh)
+    redone = frozenset(stage for stage, state in states.items() if state.name == "stale")
+    context, console = Context(recipe, run, machine, redone), Console(stderr=True)
     if not as_json:
         _print(f"plan: {recipe.name} for {machine}")
     plans = []
@@ -94,14 +140,54 @@ def _plans(
             found = plan_stage(context, stage)
             found.advice += _advice(context, found)
         plans.append(found)
+        for name in (stage, *upstream(recipe, stage)):
+            if states[name].name == "done":
+                check_gate(recipe, name, run)
         if not as_json:
-            state = state_of(recipe, stage, run)
-            check_gate(recipe, stage, run)
-            told = {"done": "done, would be skipped", "interrupted": "would go on where it was interrupted"}
-            _print(f"\n[{number}/{len(wanted)}] {stage}: {told.get(state.name, 'would run')}")
+            _print(f"\n[{number}/{len(wanted)}] {stage}: {_told(recipe, stage, wanted, states, run)}")
             for line in _lines(context, found):
                 _print(f"  {line}")
     return plans, context
+
+
+def _check_pieces(recipe: Recipe, wanted: tuple[StageName, ...]) -> None:
+    """Raises UserError for what no stage does where models lie in pieces."""
+    for stage in wanted:
+        if quantised_adapters(recipe, stage):
+            raise UserError(f"{stage}.lora.quantised: a base in 4 bits can't lie in pieces: leave that out, or FSDP")
+        if stage == "pretrain" and recipe.pretrain and recipe.pretrain.compile is True:
+            raise UserError("pretrain.compile: not where models are sharded (FSDP)")
+
+
+def _states(recipe: Recipe, wanted: tuple[StageName, ...], run: RunDir, *, fresh: bool) -> dict[StageName, State]:
+    """Where each of the recipe's stages stands; what stands on one that isn't done will be made anew with it."""
+    found: dict[StageName, State] = {}
+    for stage in recipe.stages:
+        state = state_of(recipe, stage, run)
+        before = [name for name in upstream(recipe, stage) if found[name].name in ("stale", "interrupted", "missing")]
+        if fresh and stage in wanted and state.name != "missing":
+            state = State("stale", "--fresh")
+        elif before and state.name in ("done", "interrupted"):
+            state = State("stale", f"{before[0]}, which it stands on, isn't done")
+        found[stage] = state
+    return found
+
+
+def _told(
+    recipe: Recipe, stage: StageName, wanted: tuple[StageName, ...], states: dict[StageName, State], run: RunDir
+) -> str:
+    """What a run would do with a stage."""
+    state, holder = states[stage], run.holder()
+    before = [name for name in upstream(recipe, stage) if name not in wanted and states[name].name != "done"]
+    if before:
+        return f"can't run yet: the stage {before[0]}, which it stands on, is {states[before[0]].name}"
+    if holder is not None and state.name != "done":
+        return f"would be refused now: another rlhf run (pid {holder}) is at work in {run.path}"
+    return {
+        "done": "done, would be skipped",
+        "interrupted": "would go on where it was interrupted",
+        "stale": f"would be redone, since {state.why} (the old one is moved aside)",
+    }.get(state.name, "would run")
 
 
 def _print(text: str) -> None:
@@ -152,6 +238,9 @@ def _times(context: Context, plans: list[StagePlan]) -> str:
         hours = sum(plan.work.hours_here(_flops_here()) for plan in plans)
         rate = f"{_flops_here() / 1e9:,.0f} GFLOP/s, measured now"
         return f"about {_hours(hours)} here ({rate}, of which training is taken to reach {TRAINING_SHARE:.0%})"
+
+    if not machine.kinds():
+        return f"not known: no GPU with {machine.gpu_memory / GIB:.0f} GiB is known by name"
 
     def told(gpu: Gpu) -> str:
         return f"{machine.processes} x {gpu.name} {_hours(sum(p.work.hours(gpu, machine.processes) for p in plans))}"
@@ -209,7 +298,7 @@ def _stage_as_json(context: Context, plan: StagePlan) -> dict[str, Any]:
         "memory_mib": round(memory.total / 2**20, 1) if memory else None,
         "memory_mib_by_role": {role: round(size / 2**20, 1) for role, size in memory.roles.items()} if memory else {},
         "memory_phase": memory.phase if memory else None,
-        "fits": not plan.advice,
+        "fits": not plan.advice if memory or not plan.parameters else None,
         "tokens": plan.tokens,
         "flops": plan.work.flops,
         "hours": times or {"here": plan.work.hours_here(_flops_here())},
@@ -234,7 +323,8 @@ def _advice(context: Context, plan: StagePlan) -> list[str]:
             other = plan_stage(context._replace(recipe=alternative.recipe), plan.stage)
         except RecipeError:  # no alternative for this model
             continue
-        assert other.memory is not None
+        if other.memory is None:
+            continue
         if _fits(context, other):
             return [f"{wanted}: with {alternative.override} it fits, in {_gib(other.memory.total)}"]
         tried.append(f"{alternative.override}: {_gib(other.memory.total)}")

@@ -55,6 +55,8 @@ def test_what_the_command_line_refuses_raises_the_same(tmp_path: Path, monkeypat
         run(recipe, "pretraining")
     with pytest.raises(MissingInput, match=r"rlhf.api.run\(recipe, 'tokenizer'\)"):
         run(recipe, "pretrain")
+    with pytest.raises(UserError, match="-1 is less than one"):
+        run(recipe, "tokenizer", processes=-1)
     with pytest.raises(UserError, match="no model directory"):
         evaluate([], tasks=["tinyworld"])
     with pytest.raises(MissingInput, match="--output: no directory"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rlhf.recipe import StageName
 from stages.plan import evaluate, ppo, pretrain, reward, sft
-from stages.plan.base import Context, Memory, StagePlan
+from stages.plan.base import Context, Memory, StagePlan, read_first, read_if_there
 from stages.plan.machine import GIB, Machine, Work
 
 __all__ = ["GIB", "Context", "Machine", "Memory", "StagePlan", "Work", "plan_stage"]
@@ -27,6 +27,14 @@ PLANS: dict[StageName, Callable[[Context], StagePlan]] = {
 def plan_stage(context: Context, stage: StageName) -> StagePlan:
     """The plan of one stage. Raises UserError for what the user must mend."""
     if stage == "tokenizer":
-        assert context.recipe.tokenizer is not None
-        return StagePlan("tokenizer", [f"a vocabulary of {context.recipe.tokenizer.vocab_size:,} tokens"])
+        settings = context.recipe.tokenizer
+        assert settings is not None
+        found = StagePlan("tokenizer", [f"a vocabulary of {settings.vocab_size:,} tokens"])
+        read_if_there(
+            found,
+            settings.train,
+            "the texts",
+            lambda: read_first(context, "tokenizer", settings.train, "texts", "train"),
+        )
+        return found
     return PLANS[stage](context)

@@ -1,6 +1,7 @@
 """What the stages' plans have in common: what is planned, what comes out, and the models that stages start from."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -8,20 +9,23 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from rlhf.errors import MissingInput, RlhfError
+from rlhf.data.rows import Kind
+from rlhf.errors import DataError, MissingInput, RlhfError
 from rlhf.footprint import WORKING, Footprint, Moment
-from rlhf.model import causal_lm_config
-from rlhf.recipe import Recipe, Source, StageName, known_base, upstream
+from rlhf.model import causal_lm_config, check_embeddings
+from rlhf.recipe import JudgeSection, Recipe, Source, StageName, known_base, upstream
 from rlhf.rundir import RunDir
 from rlhf.sharding import layers_of
+from rlhf.tinyworld.words import Split
 from rlhf.tokenizer import load_tokenizer, token_info
-from stages.common import named_model
+from stages.common import named_model, open_data, report_faults
 from stages.plan.machine import Machine, Work
 from stages.sft import prepared
 
 T = TypeVar("T")
 
 ROWS_READ = 5000  # of each source, to know how long rows are
+TEXTS_FROM_HUB = 20  # which are long, and stand there one by one
 
 ADAM = 2  # moments of each trained number
 
@@ -105,6 +109,23 @@ def _in_pieces(moment: Moment, machine: Machine, learner: nn.Module) -> Moment:
     return Moment(moment.phase, {**roles, GATHERED: gathered})
 
 
+@contextmanager
+def counting(found: StagePlan) -> Iterator[None]:
+    """Within, a stage is gone through; where that fails for a reason that isn't the user's, memory is not known.
+
+    A model of code of its own may ask for numbers, which there are none of here.
+    """
+    try:
+        yield
+    except RlhfError:
+        raise
+    except Exception as error:  # whatever a model and torch raise
+        why = (str(error).splitlines() or [""])[0][:200]
+        found.unchecked.append(
+            f"memory: this model can't be gone through without numbers ({type(error).__name__}: {why})"
+        )
+
+
 class Beginning(NamedTuple):
     """The model that a stage starts from, as far as it is known before anything has run."""
 
@@ -117,6 +138,21 @@ class Beginning(NamedTuple):
         """Tokens that it can read."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
+    def grown(self) -> "Beginning":
+        """With an embedding for every token that its tokenizer has been given, as stages make it."""
+        text = self.config.get_text_config()
+        if self.tokenizer is not None:
+            text.vocab_size = max(text.vocab_size, len(self.tokenizer))
+        return self
+
+
+class JudgePlan(NamedTuple):
+    """A judge's model."""
+
+    title: str
+    config: PreTrainedConfig
+    heads: int
+
 
 class Context(NamedTuple):
     """A recipe on a machine."""
@@ -124,17 +160,22 @@ class Context(NamedTuple):
     recipe: Recipe
     run: RunDir
     machine: Machine
+    redone: frozenset[StageName] = frozenset()  # stages that are there, and will be made anew
 
     def beginning(self, stage: StageName) -> Beginning:
         """What the stage starts from: the model of a stage before it, where that is there, or else what it will be."""
         for name in ("sft", "pretrain"):
-            made = self.run.stage(name)
-            if name in upstream(self.recipe, stage) and made.summary() is not None and made.model.is_dir():
-                return self.named(str(made.model))
+            if name in upstream(self.recipe, stage) and self._there(name):
+                return self.named(str(self.run.stage(name).model))
         found = self.named(self.recipe.base) if self.recipe.base is not None else self._new()
         if "sft" in upstream(self.recipe, stage) and self.recipe.sft and found.tokenizer is not None:
             prepared(self.recipe, self.recipe.sft, found.name, found.tokenizer)
-        return found
+        return found.grown()
+
+    def _there(self, stage: StageName) -> bool:
+        """Whether a stage's model is there, to be stood on."""
+        made = self.run.stage(stage)
+        return stage not in self.redone and made.summary() is not None and made.model.is_dir()
 
     def named(self, name: str) -> Beginning:
         """A model by its directory or hub id. Raises MissingInput where nothing is known of it."""
@@ -147,18 +188,34 @@ class Context(NamedTuple):
                 why = (str(error).splitlines() or [""])[0]
                 raise MissingInput(f"no configuration could be loaded from {name}: {why[:300]}") from None
             config = AutoConfig.for_model(**known)
+        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
+            raise MissingInput(f"{name} holds a model's configuration and no weights (*.safetensors)")
         try:
-            return Beginning(config, start.tokenizer(), name)
+            tokenizer = start.tokenizer()
         except RlhfError:
             if Path(name).is_dir():
                 raise
             return Beginning(config, None, name)
+        check_embeddings(config.get_text_config().vocab_size, tokenizer, name)
+        return Beginning(config, tokenizer, name)
+
+    def judges(self, sections: Iterable[JudgeSection], beginning: Beginning) -> list[JudgePlan]:
+        """The models of judges; that of the reward stage as it will be, on what `beginning` says."""
+        found, reward = [], self.recipe.reward
+        for section in sections:
+            if section.model is None:
+                continue
+            ours = section.model == "reward"
+            name = section.model if not ours else (reward.from_ or reward.start if reward else None)
+            config = self.named(name).config if name else beginning.config
+            heads = reward.heads if ours and reward and not reward.from_ else None
+            found.append(JudgePlan(section.title, config, heads or (config.num_labels if name else 1)))
+        return found
 
     def _new(self) -> Beginning:
         """The model that pretrain will make."""
         m, recipe = self.recipe.model, self.recipe
-        made = self.run.stage("tokenizer")
-        tokenizer = load_tokenizer(made.model) if made.summary() is not None and made.model.is_dir() else None
+        tokenizer = load_tokenizer(self.run.stage("tokenizer").model) if self._there("tokenizer") else None
         assert recipe.tokenizer is not None
         special: dict[str, Any] = token_info(tokenizer) if tokenizer else {"pad_token_id": 0}
         config = causal_lm_config(
@@ -171,25 +228,54 @@ class Context(NamedTuple):
 
 
 def read_if_there(found: StagePlan, sources: Sequence[Source], what: str, read: Callable[[], T]) -> T | None:
-    """What `read` gives; None, and a word in the plan, where it fails and some of it is on the hub.
+    """What `read` gives; None, and a word in the plan, where some of it is on the hub and can't be had.
 
-    Of files alone a fault is the user's, and raised.
+    A fault of files, a folder in the hub's shape among them, and of a row is the user's, and raised.
     """
     try:
         return read()
     except RlhfError as error:
-        if not any(source.hub for source in sources):
+        if isinstance(error, DataError) or not any(is_far(source) for source in sources):
             raise
         found.unchecked.append(f"{what}: {error}")
         return None
 
 
-def first_rows(sources: Iterable[Source], rows: int = ROWS_READ) -> tuple[Source, ...]:
-    """The sources, of which only the first rows are read; those that are on the hub are streamed, not downloaded."""
+def read_first(
+    context: Context,
+    stage: StageName,
+    sources: Sequence[Source],
+    kind: Kind,
+    split: Split,
+    then: Callable[[Any], Any] | None = None,
+    rows: int = ROWS_READ,
+) -> list[Any]:
+    """The first rows of the sources, as `open_data` gives them; says what was skipped."""
+    if not sources:
+        return []
+    few = {"texts": TEXTS_FROM_HUB}.get(kind)
+    opened = open_data(context.recipe, stage, first_rows(sources, rows, few), kind, split, then)
+    found = list(opened)
+    report_faults(opened)
+    return found
+
+
+def is_far(source: Source) -> bool:
+    """Whether it is read over the network; a name that can only be a path's isn't."""
+    return source.hub is not None and not Path(source.hub).is_dir() and not source.hub.startswith((".", "/", "~"))
+
+
+def first_rows(sources: Iterable[Source], rows: int = ROWS_READ, from_hub: int | None = None) -> tuple[Source, ...]:
+    """The sources, of which only the first rows are read; those that are on the hub are streamed, not downloaded.
+
+    `from_hub`: how many rows of these, where that is another number.
+    """
     found = []
     for source in sources:
-        change: dict[str, Any] = {"rows": min(source.rows or rows, rows)}
-        if source.hub and not Path(source.hub).is_dir():
+        far = is_far(source)
+        most = from_hub if far and from_hub else rows
+        change: dict[str, Any] = {"rows": min(source.rows or most, most)}
+        if far:
             change |= {"streaming": True, "split": source.split.partition("[")[0]}  # a stream has no slices
         found.append(source.model_copy(update=change))
     return tuple(found)

@@ -1,6 +1,6 @@
 """The plan of the stage evaluate."""
 
-from itertools import islice
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -15,14 +15,12 @@ from rlhf.recipe import EvaluateSection, evaluating_judges, evaluating_sampling,
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
 from rlhf.tokenizer import begin_id, encode_prompt, encode_texts
-from stages.common import open_data
 from stages.evaluate import tasks_of
 from stages.evaluate.answering import read_test_prompts
 from stages.plan import passes
-from stages.plan.base import Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
 
-TEXTS_READ = 50  # of each source, to know how long they are
 ANSWERED = 256  # prompts that are answered at a time
 LARGEST_BATCHES = 3  # of all tasks
 
@@ -37,23 +35,32 @@ def plan(context: Context) -> StagePlan:
     drawing = Drawing(**evaluating_sampling(recipe).model_dump())
     models = len({"base", *(name for name in ("sft", "ppo") if name in upstream(recipe, "evaluate"))})
     longest = _longest_text(context, settings, beginning, found)
+    compared = settings.comparisons
+    read_if_there(
+        found, compared, "the comparisons", lambda: read_first(context, "evaluate", compared, "comparisons", "test")
+    )
     with passes.on(machine) as footprint:
         with footprint.role("weights"):
             model = passes.causal_lm(beginning.config, machine)
         found.parameters = count_parameters(model)
-        if settings.texts or settings.training:
-            passes.read_texts(footprint, model, longest, TOKEN_BUDGET)
-        read = _ask(context, settings, beginning, model, footprint)
-        if settings.prompts:
-            prompts = _prompts(context, beginning, drawing)
-            passes.draw(footprint, model, (prompts * settings.responses_per_prompt)[:ANSWERED], drawing)
-            read += settings.responses_per_prompt * sum(tokens + drawing.max_tokens for tokens in prompts)
-        del model
-        if (settings.prompts or settings.comparisons) and evaluating_judges(recipe)[1]:
-            with footprint.role("a judge's weights"):
-                judge = passes.scorer(beginning.config, machine)
-            passes.score(footprint, judge, longest, ANSWERED)
-    found.memory = memory_of(footprint, machine)
+        batches = _batches(context, settings, beginning, model)
+        prompts = _prompts(context, beginning, drawing) if settings.prompts else []
+        read = sum(batch.tokens for batch in batches)
+        read += settings.responses_per_prompt * sum(tokens + drawing.max_tokens for tokens in prompts)
+        with counting(found):
+            if settings.texts or settings.training:
+                passes.read_texts(footprint, model, longest, TOKEN_BUDGET)
+            _ask(model, batches, footprint)
+            if prompts:
+                passes.draw(footprint, model, (prompts * settings.responses_per_prompt)[:ANSWERED], drawing)
+            del model
+            judges = evaluating_judges(recipe)[1] if settings.prompts or settings.comparisons else ()
+            for judge in context.judges(judges, beginning):
+                with footprint.role(f"judge {judge.title}: weights"):
+                    scorer = passes.scorer(judge.config, machine, judge.heads)
+                passes.score(footprint, scorer, longest, ANSWERED)
+                del scorer
+            found.memory = memory_of(footprint, machine)
     found.tokens = float(models * read)
     found.work = Work(2.0 * found.parameters * found.tokens)
     found.lines = [f"{models} models, one after the other; questions and answers of about {read:,} tokens each"]
@@ -68,8 +75,8 @@ def _longest_text(context: Context, settings: EvaluateSection, beginning: Beginn
         return most
 
     def longest() -> int:
-        texts = open_data(context.recipe, "evaluate", first_rows(settings.texts, TEXTS_READ), "texts", "test")
-        return max(map(len, encode_texts(tokenizer, list(texts), control=False)))
+        texts = read_first(context, "evaluate", settings.texts, "texts", "test")
+        return max(map(len, encode_texts(tokenizer, texts, control=False)), default=0)
 
     return min(most, read_if_there(found, settings.texts, "the texts", longest) or most)
 
@@ -82,20 +89,28 @@ def _prompts(context: Context, beginning: Beginning, drawing: Drawing) -> list[i
     return [min(most, len(encode_prompt(beginning.tokenizer, each))) for each in read_test_prompts(context.recipe)]
 
 
-def _ask(
-    context: Context,
-    settings: EvaluateSection,
-    beginning: Beginning,
-    model: PreTrainedModel,
-    footprint: Footprint,
-) -> int:
-    """The largest batches of the few-shot tasks' questions; how many tokens all of them have."""
+class Batch(NamedTuple):
+    """The largest batch of a task's questions; how many tokens all of them have."""
+
+    shared: list[int]
+    rows: list[Row]
+    tokens: int
+
+    @property
+    def pairs(self) -> int:
+        """Positions, and others that they look at: what the memory of a batch grows with."""
+        longest = max(len(row.ids) for row in self.rows)
+        return len(self.rows) * longest * (len(self.shared) + longest)
+
+
+def _batches(context: Context, settings: EvaluateSection, beginning: Beginning, model: PreTrainedModel) -> list[Batch]:
+    """Of each few-shot task and number of demonstrations."""
     if beginning.tokenizer is None:
-        return 0
+        return []
     scorer = Scorer(model)
     reader = Reader(scorer, beginning.tokenizer, beginning.context, [begin_id(beginning.tokenizer)])
-    seed, tokens = derive_seed(context.recipe.seed, "evaluate", "items"), 0
-    batches: list[tuple[list[int], list[Row]]] = []
+    seed = derive_seed(context.recipe.seed, "evaluate", "items")
+    batches = []
     for task in tasks_of(context.recipe, settings):
         for shots in settings.fewshot.shots:
             if shots > task.most_shots or task.free:
@@ -105,20 +120,18 @@ def _ask(
                 each for found in encode_questions(reader, questions, task.format.delimiter) for each in found or ()
             ]
             if requests:
-                shared, rows = scorer.batches(requests)
-                batches += [(shared, batch) for batch in islice(rows, 1)]  # the longest rows come first
-                tokens += sum(len(row.ids) for batch in rows for row in batch)
-    for shared, batch in sorted(batches, key=lambda each: -_pairs(*each))[:LARGEST_BATCHES]:
+                shared, parts = scorer.batches(requests)
+                every = list(parts)  # the longest rows come first
+                batches.append(Batch(shared, every[0], sum(len(row.ids) for rows in every for row in rows)))
+    return batches
+
+
+def _ask(model: PreTrainedModel, batches: list[Batch], footprint: Footprint) -> None:
+    """The largest batches of all."""
+    for shared, rows, _ in sorted(batches, key=lambda batch: -batch.pairs)[:LARGEST_BATCHES]:
         with footprint.phase("questions"), torch.inference_mode():
-            states_reader = TokenReader(model)
-            kept = read_beginning(model, states_reader, shared) if shared else []
-            states = branched_states(model, states_reader, batch, kept)
-            places = torch.zeros(sum(len(row.places) for row in batch), dtype=torch.long)
-            states_reader.logprobs(states[places, places], places)
-    return tokens
-
-
-def _pairs(shared: list[int], batch: list[Row]) -> int:
-    """Positions, and others that they look at: what the memory of a batch grows with."""
-    longest = max(len(row.ids) for row in batch)
-    return len(batch) * longest * (len(shared) + longest)
+            reader = TokenReader(model)
+            kept = read_beginning(model, reader, shared) if shared else []
+            states = branched_states(model, reader, rows, kept)
+            places = torch.zeros(sum(len(row.places) for row in rows), dtype=torch.long)
+            reader.logprobs(states[places, places], places)

@@ -3,15 +3,18 @@
 Each takes the code that the stage itself runs, on shapes that it is given; see rlhf.footprint.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from evaluation.scoring import TOKEN_BUDGET
+from rlhf.errors import UserError
 from rlhf.footprint import GRADIENTS, OPTIMISER, Footprint, tracing
 from rlhf.judge.batches import TOKEN_BUDGET as JUDGE_BUDGET
 from rlhf.likelihood import TokenReader
@@ -19,6 +22,7 @@ from rlhf.model import accelerator_bytes, disable_dropout, planning_for
 from rlhf.rollout.cache_engine import CACHE_BYTES, CACHE_SHARE, PREFILL_TOKENS
 from rlhf.rollout.decoder import Decoder
 from rlhf.rollout.draws import draw_tokens
+from rlhf.rollout.fit import not_keys_and_values
 from rlhf.rollout.protocol import Drawing
 from stages.lora import SCORE_HEAD
 from stages.plan.machine import Machine
@@ -28,8 +32,12 @@ DECODED = 3  # steps of a response that are gone through, evenly spaced
 
 @contextmanager
 def on(machine: Machine) -> Iterator[Footprint]:
-    """Within, tensors are made and counted as on that machine."""
-    with planning_for(machine.gpu_memory), tracing() as footprint:
+    """Within, tensors are made and counted as on that machine.
+
+    Products of groups of tokens with their experts are known for any precision only in transformers' own version.
+    """
+    own_products = patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False, create=True)
+    with planning_for(machine.gpu_memory), own_products, tracing() as footprint:
         yield footprint
 
 
@@ -46,20 +54,31 @@ def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
 
 
 def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
-    """A sequence classifier of this configuration, which has a pad token as that of a stage does."""
+    """A sequence classifier of this configuration. Raises UserError where transformers has none of its family."""
+    own = _has_own_code(config) and AutoModelForSequenceClassification.__name__ in config.auto_map
+    if type(config) not in AutoModelForSequenceClassification._model_mapping and not own:
+        raise UserError(
+            f"transformers has no sequence classifier for {config.model_type}, so such a model can't be a reward model"
+        )
     config.num_labels = heads
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
+    for each in (config, config.get_text_config()):
+        if getattr(each, "pad_token_id", None) is None:
+            each.pad_token_id = 0  # stages give it their tokenizer's
     return _built(AutoModelForSequenceClassification, config, machine)
 
 
 def _built(loader: Any, config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
     """As a stage loads it. Pieces are gathered in the precision of the passes."""
     dtype = torch.bfloat16 if machine.bfloat16 and machine.sharded else torch.float32
-    how = {"attn_implementation": machine.attention} if machine.attention else {}
+    how: dict[str, Any] = {"attn_implementation": machine.attention} if machine.attention else {}
+    how["trust_remote_code"] = _has_own_code(config)  # which the recipe has allowed, or it would not be loaded
     model: PreTrainedModel = loader.from_config(config, dtype=dtype, **how)
     disable_dropout(model)
     return model.eval()
+
+
+def _has_own_code(config: PreTrainedConfig) -> bool:
+    return type(config).__module__.startswith("transformers_modules.")
 
 
 class _Dequantised(torch.autograd.Function):
@@ -119,7 +138,7 @@ def learn(
     optimiser: str = OPTIMISER,
 ) -> None:
     """An optimiser step with its largest microbatch; with `several` the gradients of others are there before."""
-    parameters = _moved_by(optimizers)
+    parameters = moved_by(optimizers)
     with footprint.phase(phase):
         if several:
             _have_gradients(footprint, parameters, gradients)
@@ -136,12 +155,8 @@ def have_state(
 ) -> None:
     """Gives optimisers the state that they have from their first step on."""
     with footprint.phase("the first step's end"):
-        _have_gradients(footprint, _moved_by(optimizers), gradients)
+        _have_gradients(footprint, moved_by(optimizers), gradients)
         _step(footprint, optimizers, optimiser)
-
-
-def _moved_by(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def _step(footprint: Footprint, optimizers: Sequence[torch.optim.Optimizer], role: str) -> None:
@@ -152,15 +167,20 @@ def _step(footprint: Footprint, optimizers: Sequence[torch.optim.Optimizer], rol
         optimizer.zero_grad()
 
 
+def moved_by(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """The parameters that optimisers move."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def _have_gradients(footprint: Footprint, parameters: Sequence[nn.Parameter], role: str) -> None:
     with footprint.role(role):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def adam(parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, as all stages but pretrain have it."""
-    return [torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)]
+    return torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -187,25 +207,60 @@ def score(footprint: Footprint, model: PreTrainedModel, longest: int, rows: int)
 
 
 def draw(
-    footprint: Footprint, model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int = 256
+    footprint: Footprint,
+    model: PreTrainedModel,
+    prompts: Sequence[int],
+    drawing: Drawing,
+    batch: int = 256,
+    engine: str = "auto",
 ) -> None:
     """Responses to prompts of so many tokens, all as long as may be, drawn as the rollout engine draws."""
-    with footprint.phase("drawing responses"), torch.inference_mode():
-        room = accelerator_bytes(model.device, CACHE_SHARE) or CACHE_BYTES
-        decoder = Decoder(model, min(batch, len(prompts)), max(prompts) + drawing.max_tokens, room)
-        plain = Drawing(max_tokens=drawing.max_tokens, temperature=drawing.temperature)
-        waiting = sorted(prompts)[: decoder.slots]
-        joined, before = 0, list[int]()
-        for group in _groups(waiting, room // 4 // decoder.token_bytes):
-            if group != before:  # one like the last is as large
-                logits, layers = decoder.prefill([[0] * length for length in group])
-                draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
-            decoder.join(layers, list(range(len(group))), list(range(joined, joined + len(group))))
-            joined, before = joined + len(group), group
-        for step in range(DECODED):
-            width = waiting[-1] + 1 + step * (drawing.max_tokens - 1) // max(1, DECODED - 1)
-            found = decoder.step(ids(1, joined)[0], ids(1, joined)[0], width)
-            draw_tokens(found, torch.zeros(joined, dtype=torch.float64), plain)
+    ours = engine != "generate" and not_keys_and_values(model) is None
+    with torch.inference_mode():
+        if ours:
+            try:
+                with footprint.phase("drawing responses"):
+                    _draw_with_slots(model, prompts, drawing, batch)
+                return
+            except Exception:  # what rlhf.rollout.fit finds out as well: the model takes other arguments
+                if engine == "cache":
+                    raise
+        with footprint.phase("drawing responses"):
+            _draw_by_lengths(model, prompts, drawing, batch)
+
+
+def _draw_with_slots(model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int) -> None:
+    """As rlhf.rollout.cache_engine does."""
+    room = accelerator_bytes(model.device, CACHE_SHARE) or CACHE_BYTES
+    decoder = Decoder(model, min(batch, len(prompts)), max(prompts) + drawing.max_tokens, room)
+    plain = Drawing(max_tokens=drawing.max_tokens, temperature=drawing.temperature)
+    waiting = sorted(prompts)[: decoder.slots]
+    joined, before = 0, list[int]()
+    for group in _groups(waiting, room // 4 // decoder.token_bytes):
+        if group != before:  # one like the last is as large
+            logits, layers = decoder.prefill([[0] * length for length in group])
+            draw_tokens(logits, torch.zeros(len(group), dtype=torch.float64), plain)
+        decoder.join(layers, list(range(len(group))), list(range(joined, joined + len(group))))
+        joined, before = joined + len(group), group
+    for step in range(DECODED):
+        width = waiting[-1] + 1 + step * (drawing.max_tokens - 1) // max(1, DECODED - 1)
+        found = decoder.step(ids(1, joined)[0], ids(1, joined)[0], width)
+        draw_tokens(found, torch.zeros(joined, dtype=torch.float64), plain)
+
+
+def _draw_by_lengths(model: PreTrainedModel, prompts: Sequence[int], drawing: Drawing, batch: int) -> None:
+    """As transformers' generate does for rlhf.rollout.generate_engine: prompts of one length at a time.
+
+    What the tokens of a response leave in the cache is read at once with the prompt, which takes a little more.
+    """
+    counts = Counter(prompts)
+    length = max(counts, key=lambda tokens: min(batch, counts[tokens]) * (tokens + drawing.max_tokens))
+    rows, whole = min(batch, counts[length]), length + drawing.max_tokens
+    read = model(input_ids=ids(rows, whole - 1), attention_mask=ids(rows, whole - 1), use_cache=True, logits_to_keep=1)
+    cache = getattr(read, "past_key_values", None)  # what is no cache of keys and values is small
+    more = {"past_key_values": cache, "attention_mask": ids(rows, whole)} if cache is not None else {}
+    logits = model(input_ids=ids(rows, 1), use_cache=True, logits_to_keep=1, **more).logits[:, -1]
+    draw_tokens(logits, torch.zeros(rows, dtype=torch.float64), Drawing(max_tokens=drawing.max_tokens))
 
 
 def _groups(lengths: Sequence[int], kept_tokens: int) -> Iterator[list[int]]:

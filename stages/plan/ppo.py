@@ -7,20 +7,23 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.likelihood import TokenReader
+from rlhf.likelihood import TokenReader, head_stands_apart
 from rlhf.model import Critic, checkpoint_layers, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
+from rlhf.tinyworld.words import Split
 from rlhf.tokenizer import encode_prompt
-from stages.common import open_data
+from stages.common import check_room, fitting
 from stages.lora import SameAdapter, add_adapter, target_names, using_adapter
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
+from stages.ppo.doctor import Doctor
 from stages.ppo.episodes import microbatches_of
+from stages.ppo.layouts import check_layout, check_pad
 from stages.ppo.roles import CRITIC, POLICY, REWARD
 from stages.ppo.rollout import Budget
 
@@ -50,16 +53,20 @@ def plan(context: Context) -> StagePlan:
     found = StagePlan("ppo")
     beginning = context.beginning("ppo")
     drawing = Drawing(**settings.sampling.model_dump())
+    check_layout(settings)
+    Doctor(settings.doctor.off)
     prompts = _prompts(context, settings, beginning, found)
+    _read_texts(context, settings, beginning, found)
     with passes.on(machine) as footprint:
         models = _models(context, settings, beginning, footprint)
         budget = Budget.of(settings, models.policy)
         mine = -(-settings.episodes_per_update // machine.processes)
-        _go_through(context, settings, models, budget, prompts, drawing, footprint)
         found.parameters = models.parameters
         found.trained = sum(p.numel() for p in (*models.policy_parameters, *models.critic_parameters))
         layers = models.policy.config.get_text_config().num_hidden_layers
-    found.memory = memory_of(footprint, machine, models.policy, found.trained)
+        with counting(found):
+            _go_through(context, settings, models, budget, prompts, drawing, footprint)
+            found.memory = memory_of(footprint, machine, models.policy, found.trained)
     mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
     episodes = settings.updates * settings.episodes_per_update
     found.tokens = episodes * mean
@@ -88,19 +95,31 @@ def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found
         found.unchecked.append(f"the prompts: the tokenizer isn't here yet; all are taken to have {room} tokens")
         return [max(1, room)]
     tokenizer = beginning.tokenizer
-    lists = [each for each in (settings.prompts, settings.test_prompts, settings.validation_prompts) if each]
+    check_pad(beginning.name, tokenizer)
+    keys = [key for key in ("prompts", "test_prompts", "validation_prompts") if getattr(settings, key)]
 
     def read() -> list[list[int]]:
-        opened = [
-            open_data(context.recipe, "ppo", first_rows(each, PROMPTS_READ), "prompts", "train") for each in lists
-        ]
-        return [encode_prompt(tokenizer, messages) for each in opened for messages in each]
+        asked = []
+        for key in keys:
+            split: Split = "test" if "test" in key else "train"
+            opened = read_first(context, "ppo", getattr(settings, key), "prompts", split, rows=PROMPTS_READ)
+            encoded = [encode_prompt(tokenizer, messages) for messages in opened]
+            asked += fitting(encoded, len, beginning.context, settings.sampling.max_tokens, f"ppo.{key}")
+        return asked
 
-    every = [source for each in lists for source in each]
-    asked = read_if_there(found, every, f"the prompts, which are taken to have {room} tokens", read) or []
+    every = [source for key in keys for source in getattr(settings, key)]
+    asked = read_if_there(found, every, f"the prompts, which are taken to have {room} tokens", read)
     found.shown = tokenizer.decode(asked[0])[:SHOWN] if asked else ""
-    fit = [len(ids) for ids in asked if len(ids) <= beginning.context - settings.sampling.max_tokens]
-    return fit or [max(1, room)]
+    return list(map(len, asked)) if asked else [max(1, room)]
+
+
+def _read_texts(context: Context, settings: PpoSection, beginning: Beginning, found: StagePlan) -> None:
+    """Looks at the first of the texts that are mixed in."""
+    if settings.ptx is None:
+        return
+    check_room(beginning.context, "ppo.ptx.sequence_length", settings.ptx.sequence_length)
+    texts = settings.ptx.train
+    read_if_there(found, texts, "the texts", lambda: read_first(context, "ppo", texts, "texts", "train"))
 
 
 def _models(context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint) -> Models:
@@ -115,13 +134,16 @@ def _models(context: Context, settings: PpoSection, beginning: Beginning, footpr
     critic: nn.Module
     with footprint.role("critic: weights"):
         if settings.layout == "full":
-            scorer = passes.scorer(beginning.config, context.machine)
-            critic = Critic(scorer.base_model, scorer.score, 0.0)
+            config = _critic_config(context, settings, beginning)
+            body = passes.causal_lm(config, context.machine).base_model
+            critic = Critic(body, nn.Linear(config.get_text_config().hidden_size, 1, bias=False), 0.0)
         else:
             critic = nn.Linear(beginning.config.get_text_config().hidden_size, 1)
-    shared = settings.layout == "shared"
+    shared, states_are_logits = settings.layout == "shared", not head_stands_apart(policy)
 
     def values(ids: Tensor, states: Tensor) -> Tensor:
+        if shared and states_are_logits:
+            states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found: Tensor = critic(states if shared else ids)
         return found
 
@@ -164,21 +186,30 @@ def _adapters(
     return Models(base, base, judges, values, head, learns[POLICY], [*learns[CRITIC], *head.parameters()], plain)
 
 
+def _critic_config(context: Context, settings: PpoSection, beginning: Beginning) -> PreTrainedConfig:
+    """Of the model that the critic starts from: of a judge from outside where that reads the policy's own tokens."""
+    reward = context.recipe.reward
+    judged = any(section.model == "reward" and section.weight > 0 for section in settings.judge)
+    wanted = settings.critic_from or ("reward" if judged else "policy")
+    name = (reward.from_ or reward.start) if reward and wanted == "reward" else None
+    if name is None or beginning.tokenizer is None:
+        return beginning.config
+    judge = context.named(name)
+    same = judge.tokenizer is not None and (
+        (judge.tokenizer.get_vocab(), judge.tokenizer.chat_template)
+        == (beginning.tokenizer.get_vocab(), beginning.tokenizer.chat_template)
+    )
+    return judge.config if same and judge.context >= beginning.context else beginning.config
+
+
 def _judges(
     context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint
 ) -> list[PreTrainedModel]:
     """The models of the judges; that of the reward stage as it will be."""
     found: list[PreTrainedModel] = []
-    reward = context.recipe.reward
-    for section in (*settings.judge, *settings.second_judge):
-        if section.python or section.model is None:
-            continue
-        ours = section.model == "reward"
-        name = section.model if not ours else (reward.from_ or reward.start if reward else None)
-        config = context.named(name).config if name else beginning.config
-        with footprint.role(f"judge {section.title}: weights"):
-            heads = reward.heads if ours and reward else getattr(config, "num_labels", 1)
-            found.append(passes.scorer(config, context.machine, heads).requires_grad_(False))
+    for judge in context.judges((*settings.judge, *settings.second_judge), beginning):
+        with footprint.role(f"judge {judge.title}: weights"):
+            found.append(passes.scorer(judge.config, context.machine, judge.heads).requires_grad_(False))
     return found
 
 
@@ -220,25 +251,25 @@ def _go_through(
             loss = likelihoods(reader, states).sum()
             return loss + models.values(ids, states).sum() if settings.layout == "shared" else loss
 
-    def texts_loss(rows: int, length: int) -> Tensor:
-        with passes.computing(machine):
-            states = states_of(models.policy, reader, POLICY, passes.ids(rows, length)).flatten(0, 1)
-            return reader.read(states, passes.ids(rows, length).flatten()).logprobs.sum()
-
     def value_loss(rows: int, length: int) -> Tensor:
         with passes.computing(machine):
             ids = passes.ids(rows, length)
             return models.values(ids, ids).float().sum()
+
+    def texts_loss(texts: int, length: int) -> Tensor:
+        with passes.computing(machine):
+            states = states_of(models.policy, reader, POLICY, passes.ids(texts, length)).flatten(0, 1)
+            return reader.read(states, torch.zeros(len(states), dtype=torch.long)).logprobs.sum()
 
     policy_moves = passes.adam(models.policy_parameters)
     critic_moves = passes.adam(models.critic_parameters)
     footprint.name_gradients(models.policy_parameters, POLICYS[0])
     footprint.name_gradients(models.critic_parameters, CRITICS[0])
     if settings.updates * settings.epochs * settings.minibatches > 1:
-        passes.have_state(footprint, policy_moves, *POLICYS)
-        passes.have_state(footprint, critic_moves, *CRITICS)
+        passes.have_state(footprint, [policy_moves], *POLICYS)
+        passes.have_state(footprint, [critic_moves], *CRITICS)
     with passes.computing(machine):
-        passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size)
+        passes.draw(footprint, models.policy, asked, drawing, settings.rollout_batch_size, settings.engine)
         for judge in models.judges:
             passes.score(footprint, judge, longest, mine)
         with footprint.phase("reference and critic"), torch.inference_mode():
@@ -250,17 +281,18 @@ def _go_through(
     models.critic.train()
     if settings.ptx:
         length = settings.ptx.sequence_length
-        most = -(-settings.ptx.tokens_per_minibatch // length // machine.processes)
-        texts = min(most, max(1, budget.tokens // length)), length
-        roles = {"gradients": POLICYS[0], "optimiser": POLICYS[1]}
-        passes.learn(footprint, "the texts' pass", policy_moves, partial(texts_loss, *texts), several=True, **roles)
+        share = -(-settings.ptx.tokens_per_minibatch // length // machine.processes)
+        texts = min(share, max(1, budget.tokens // (length + 1)))
+        roles = dict(zip(("gradients", "optimiser"), POLICYS, strict=True))
+        learned = partial(texts_loss, texts, length)
+        passes.learn(footprint, "the policy's step on texts", [policy_moves], learned, several=share > texts, **roles)
     for phase, optimizer, loss, (gradients, optimiser) in (
         ("the policy's step", policy_moves, policy_loss, POLICYS),
         ("the critic's step", critic_moves, value_loss, CRITICS),
     ):
         if phase.startswith("the policy") or settings.layout != "shared":
             roles = {"gradients": gradients, "optimiser": optimiser}
-            passes.learn(footprint, phase, optimizer, partial(loss, *largest), several=several, **roles)
+            passes.learn(footprint, phase, [optimizer], partial(loss, *largest), several=several, **roles)
 
 
 def _shapes(lengths: list[int], budget: Budget) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """The plan of the stage pretrain."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,10 +8,11 @@ from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
 from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters
+from rlhf.muon import Muon
 from rlhf.recipe import PretrainSection, microbatches
-from stages.common import open_data
+from stages.common import check_room
 from stages.plan import passes
-from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
 from stages.pretrain import ACTIVATIONS, ACTIVATIONS_SHARE, rows_fitting
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -21,7 +21,6 @@ from stages.pretrain.speed import flops_per_token
 from stages.pretrain.training import optimizers_of
 
 SHOWN = 300  # characters of the first document
-TEXTS_READ = 20  # of each source
 GOOD_STATES = "good states, to go back to after a spike"
 
 
@@ -31,6 +30,8 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("pretrain")
     beginning = context.beginning("pretrain")
+    if context.recipe.base is not None:
+        check_room(beginning.context, "pretrain.sequence_length", settings.sequence_length)
     schedule = Plan(settings)
     mine, _ = microbatches(context.recipe, "pretrain", context.machine.processes)
     _read(context, settings, found)
@@ -41,9 +42,16 @@ def plan(context: Context) -> StagePlan:
         size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
         found.parameters = found.trained = count_parameters(model)
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
-        _go_through(context, settings, beginning, schedule, size, model, footprint)
+        optimizers = optimizers_of(model, settings)
+        moments = sum(
+            (1 if isinstance(optimizer, Muon) else ADAM) * parameter.numel()
+            for optimizer in optimizers
+            for parameter in passes.moved_by([optimizer])
+        )
+        with counting(found):
+            _go_through(context, settings, beginning, schedule, size, model, optimizers, footprint)
+            found.memory = memory_of(footprint, context.machine, model, found.trained)
     found.tokens = schedule.tokens
-    found.memory = memory_of(footprint, context.machine, model, found.trained)
     rows = schedule.parts[-1].rows // context.machine.processes
     found.lines = [
         f"{schedule.describe()}; {context.machine.processes} processes x {-(-rows // size)} microbatches x "
@@ -55,19 +63,21 @@ def plan(context: Context) -> StagePlan:
     states = 3 if settings.spikes.action == "roll_back" else 1
     token = 2 if beginning.config.get_text_config().vocab_size <= 2**16 else 4
     kept = context.recipe.checkpoints.keep + 1  # and the one that is being written
-    found.disk = kept * states * (1 + ADAM) * weights + weights + token * schedule.tokens
+    found.disk = kept * states * (weights + 4 * moments) + weights + token * schedule.tokens
     return found
 
 
 def _read(context: Context, settings: PretrainSection, found: StagePlan) -> None:
-    """Looks at the first of the training texts."""
+    """Looks at the first of the texts."""
+    replayed = settings.replay.train if settings.replay else ()
 
     def read() -> str:
-        list(open_data(context.recipe, "pretrain", first_rows(settings.validation, TEXTS_READ), "texts", "validation"))
-        texts = open_data(context.recipe, "pretrain", first_rows(settings.train, TEXTS_READ), "texts", "train")
-        return str(next(iter(texts)))[:SHOWN]
+        read_first(context, "pretrain", settings.validation, "texts", "validation")
+        texts = read_first(context, "pretrain", (*settings.train, *replayed), "texts", "train")
+        return str(texts[0])[:SHOWN]
 
-    found.shown = read_if_there(found, (*settings.train, *settings.validation), "the texts", read) or ""
+    sources = (*settings.train, *replayed, *settings.validation)
+    found.shown = read_if_there(found, sources, "the texts", read) or ""
 
 
 def _go_through(
@@ -77,6 +87,7 @@ def _go_through(
     schedule: Plan,
     size: int,
     model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
     footprint: Footprint,
 ) -> None:
     """Measures, trains and measures again, as the stage does."""
@@ -89,7 +100,6 @@ def _go_through(
     model.train()
     loss = TokenLoss(model, settings.z_loss)
     footprint.name_gradients(model.parameters())
-    optimizers = optimizers_of(model, settings)
 
     def objective(rows: int) -> Tensor:
         inputs = passes.ids(rows, length)
@@ -111,7 +121,7 @@ def _good_states(
     settings: PretrainSection,
     schedule: Plan,
     model: PreTrainedModel,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: list[torch.optim.Optimizer],
     footprint: Footprint,
 ) -> list[Tensor]:
     """What is kept to go back to after a spike, in the host's memory: two states, or one of so short a training.
@@ -121,8 +131,13 @@ def _good_states(
     if settings.spikes.action != "roll_back":
         return []
     weights = list({id(p): p for p in model.parameters()}.values())
-    states_of = [each for optimizer in optimizers for each in optimizer.state.values()]
-    moments = [value for each in states_of for value in each.values() if torch.is_tensor(value)]
+    moments = [
+        value
+        for optimizer in optimizers
+        for each in optimizer.state.values()
+        for value in each.values()
+        if torch.is_tensor(value)
+    ]
     kept_later = (schedule.steps - 1) // min(settings.spikes.good_every, schedule.steps)  # states after the first
     states = [*weights, *moments] * min(2, kept_later) + weights * (kept_later < 2)
     with footprint.phase("keeping a good state"), footprint.role(GOOD_STATES):

@@ -13,14 +13,25 @@ from rlhf.functional.bradley_terry import preference_loss
 from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
-from rlhf.tokenizer import encode_prompt, prepare_for_chat
-from stages.common import open_data
+from rlhf.tokenizer import encode_prompt
+from stages.common import open_data, report_faults
 from stages.lora import add_adapters
 from stages.plan import passes
-from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import (
+    ADAM,
+    ROWS_READ,
+    Beginning,
+    Context,
+    StagePlan,
+    counting,
+    first_rows,
+    memory_of,
+    read_first,
+    read_if_there,
+)
 from stages.plan.machine import Work
 from stages.reward.normalise import reference_way
-from stages.reward.reading import Judge, Pair, Reading
+from stages.reward.reading import Judge, Pair, Reading, check_chat, check_some, prepared
 from stages.reward.train import VALIDATION_PAIRS, pair_order
 
 SHOWN = 1500  # characters of the first comparison
@@ -55,6 +66,8 @@ def plan(context: Context) -> StagePlan:
     reference = context.beginning("reward")
     taken = settings.from_ or settings.start
     beginning = context.named(taken) if taken else reference
+    if reference.tokenizer is not None:
+        check_chat(reference.name, reference.tokenizer)
     way = Drawing(**reference_way(recipe).model_dump())
     size = steps = 1
     if not settings.from_:
@@ -71,17 +84,23 @@ def plan(context: Context) -> StagePlan:
             drawn = (
                 settings.collect.train_prompts + settings.collect.test_prompts
             ) * settings.collect.responses_per_prompt
-        with footprint.role("the reference's weights"):
-            answering = passes.causal_lm(reference.config, context.machine)
-        fitting = [min(tokens, reference.context - way.max_tokens) for tokens in lengths.prompts]
-        passes.draw(footprint, answering, (fitting * drawn)[:drawn], way)
-        del answering
         found.parameters = plain
+        adapted: nn.Module = model
+        if settings.lora and not settings.from_:
+            adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier")
         if not settings.from_:
-            learning = _train(context, settings, model, lengths, steps > 1, footprint)
-            found.trained = sum(parameter.numel() for parameter in learning)
-        passes.score(footprint, model, lengths.longest, rows=drawn)
-    found.memory = memory_of(footprint, machine, model, found.trained)
+            found.trained = sum(parameter.numel() for parameter in passes.trained(adapted))
+        with counting(found):
+            for answering in _answering(context, settings, reference):
+                with footprint.role("the reference's weights"):
+                    answers = passes.causal_lm(answering.config, context.machine)
+                fitting = [max(1, min(tokens, answering.context - way.max_tokens)) for tokens in lengths.prompts]
+                passes.draw(footprint, answers, (fitting * drawn)[:drawn], way)
+                del answers
+            if not settings.from_:
+                _train(context, settings, model, adapted, lengths, steps > 1, footprint)
+            passes.score(footprint, model, lengths.longest, rows=drawn)
+            found.memory = memory_of(footprint, machine, model, found.trained)
     found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)
@@ -105,6 +124,12 @@ def plan(context: Context) -> StagePlan:
     return found
 
 
+def _answering(context: Context, settings: RewardSection, reference: Beginning) -> list[Beginning]:
+    """The models whose responses are drawn, one after the other."""
+    names = [sampler.model for sampler in settings.collect.samplers] if settings.collect else []
+    return [reference, *(context.named(name) for name in dict.fromkeys(names) if name != "sft")]
+
+
 def _lengths(
     context: Context,
     settings: RewardSection,
@@ -120,18 +145,19 @@ def _lengths(
     whole = Shape(2 * size, most, size)
     unknown = Lengths(ROWS_READ, False, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
     if settings.collect:
+        asked = settings.collect.prompts
+        read_if_there(found, asked, "the prompts", lambda: read_first(context, "reward", asked, "prompts", "train"))
         return unknown._replace(pairs=_collected(settings), exactly=True, mean=float(most))
     if beginning.tokenizer is None:
         found.unchecked.append("the comparisons: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
-    if not settings.from_:
-        prepare_for_chat(beginning.tokenizer, "rlhf")
+    prepared(settings, beginning.name, beginning.tokenizer)
     reading = Reading(Judge(model, beginning.tokenizer, True, True, []), settings)
     read = read_if_there(
         found,
         (*settings.train, *settings.test),
         "the comparisons, which are taken to be max_tokens long",
-        lambda: [_pairs(context, reading, sources) for sources in (settings.train, settings.test)],
+        lambda: [_pairs(context, reading, getattr(settings, split), split) for split in ("train", "test")],
     )
     if read is None:
         return unknown
@@ -170,13 +196,20 @@ def _collected(settings: RewardSection) -> int:
     return settings.collect.train_prompts * each * (each - 1) // 2
 
 
-def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> tuple[list[Pair], float | None]:
-    """The first comparisons, and about which share of all they are; None: it isn't known."""
+def _pairs(
+    context: Context, reading: Reading, sources: Sequence[Source], split: str
+) -> tuple[list[Pair], float | None]:
+    """The first that the judge can read, and about which share of all they are; None: it isn't known.
+
+    Raises DataError, as the stage does, where there is none.
+    """
     if not sources:
         return [], 1.0
-    read = open_data(context.recipe, "reward", first_rows(sources), "comparisons", "train", then=reading.pair)
-    pairs = [pair for pair in read if pair is not None]
-    return pairs, read.share_read([source.rows for source in sources])
+    opened = open_data(context.recipe, "reward", first_rows(sources), "comparisons", "train", reading.pair)
+    pairs = [pair for pair in opened if pair is not None]
+    report_faults(opened)
+    check_some(pairs, split, reading)
+    return pairs, opened.share_read([source.rows for source in sources])
 
 
 def largest_of(shapes: list[Shape]) -> Shape:
@@ -193,15 +226,12 @@ def _train(
     context: Context,
     settings: RewardSection,
     model: PreTrainedModel,
+    adapted: nn.Module,
     lengths: Lengths,
     several: bool,
     footprint: Footprint,
-) -> list[nn.Parameter]:
-    """Validates, trains and validates, as the stage does; what learns."""
-    adapted: nn.Module = model
-    if settings.lora:
-        adapted = add_adapters(model, settings.lora, "reward.lora", kind="classifier")
-    learning = passes.trained(adapted)
+) -> None:
+    """Validates, trains and validates, as the stage does."""
     validated = 2 * min(VALIDATION_PAIRS, max(1, lengths.pairs))
 
     def loss(shape: Shape) -> Tensor:
@@ -218,9 +248,8 @@ def _train(
     passes.score(footprint, model, lengths.longest, rows=validated)
     adapted.train()
     footprint.name_gradients(adapted.parameters())
-    optimizer = passes.adam(learning)
-    passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
+    optimizer = passes.adam(passes.trained(adapted))
+    passes.learn(footprint, "the first training step", [optimizer], partial(loss, lengths.first), several=several)
     if settings.epochs * lengths.pairs > settings.pairs_per_step:
-        passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
+        passes.learn(footprint, "a training step", [optimizer], partial(loss, lengths.largest), several=several)
     adapted.eval()
-    return learning

@@ -14,12 +14,22 @@ from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
-from rlhf.tokenizer import encode_prompt
-from stages.common import training_order
+from rlhf.tokenizer import begin_id, encode_prompt
+from stages.common import check_room, training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
-from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
+from stages.plan.base import (
+    ADAM,
+    ROWS_READ,
+    Beginning,
+    Context,
+    StagePlan,
+    counting,
+    first_rows,
+    memory_of,
+    read_if_there,
+)
 from stages.plan.machine import Work
 from stages.sft import LOGITS, VALIDATED_AT_ONCE, Row, dialogues_of, marked, prepared
 
@@ -52,6 +62,7 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("sft")
     beginning = context.beginning("sft")
+    check_room(beginning.context, "sft.max_tokens", settings.max_tokens)
     size, steps = microbatches(recipe, "sft", machine.processes)
     lengths = _lengths(context, settings, beginning, size, found)
     with passes.on(machine) as footprint:
@@ -65,8 +76,9 @@ def plan(context: Context) -> StagePlan:
             checkpoint_layers(model, "sft.gradient_checkpointing")
         learning = passes.trained(adapted)
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
-        _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
-    found.memory = memory_of(footprint, machine, model, found.trained)
+        with counting(found):
+            _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
+            found.memory = memory_of(footprint, machine, model, found.trained)
     dialogues = settings.steps * settings.dialogues_per_step
     found.tokens = lengths.mean * dialogues
     backward = 6.0 if settings.lora is None else 4.0  # the frozen weights have no gradient of their own
@@ -90,7 +102,10 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     if tokenizer is None:
         found.unchecked.append("the conversations: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
+    if "evaluate" in recipe.stages:
+        begin_id(tokenizer)
     prepared(recipe, settings, beginning.name, tokenizer)
+    beginning.grown()
     some = {"train": first_rows(settings.train), "validation": first_rows(settings.validation)}
     read = read_if_there(
         found,
@@ -168,11 +183,11 @@ def _go_through(
     model.train()
     footprint.name_gradients(model.parameters())
     optimizer = passes.adam(passes.trained(model))
-    passes.learn(footprint, "the first training step", optimizer, partial(loss, lengths.first), several=several)
+    passes.learn(footprint, "the first training step", [optimizer], partial(loss, lengths.first), several=several)
     with footprint.role(BEST):
         best = [p.detach().clone() for p in passes.trained(model)] if settings.early_stopping else []
     if settings.steps > 1:
-        passes.learn(footprint, "a training step", optimizer, partial(loss, lengths.largest), several=several)
+        passes.learn(footprint, "a training step", [optimizer], partial(loss, lengths.largest), several=several)
     model.eval()
     validate()
     del optimizer

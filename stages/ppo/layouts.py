@@ -15,7 +15,7 @@ from rlhf.errors import RecipeError, UserError
 from rlhf.judge import Judge, judge_models, score_means
 from rlhf.model import end_ids
 from rlhf.quantisation import quantisation
-from rlhf.recipe import Recipe
+from rlhf.recipe import PpoSection, Recipe
 from rlhf.rundir import RunDir
 from rlhf.runtime import derive_seed, log
 from stages.common import Start, context_of
@@ -42,9 +42,8 @@ def build_roles(
     """The roles on the device. Raises UserError or RecipeError where the recipe asks for what can't be."""
     settings = recipe.ppo
     assert settings is not None
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if pad is None or pad == end:
-        raise UserError(f"{start.name}: pad and end token must be different tokens (pad {pad}, end {end})")
+    check_layout(settings)
+    check_pad(start.name, tokenizer)
     quantised = quantisation(recipe, "ppo")
     policy = start.causal_lm(quantised)
     if not quantised:
@@ -62,8 +61,6 @@ def build_roles(
             critic = build_critic(recipe, run, start, tokenizer, context).to(device)
             actors = FullActors(policy, critic, *drawn)
         else:
-            if settings.critic_from == "reward":
-                raise RecipeError("ppo.critic_from: in layout shared the critic is a value head on the policy's trunk")
             actors = SharedActors(policy, *drawn)
     if settings.gradient_checkpointing:
         actors.checkpoint_layers("ppo.gradient_checkpointing")
@@ -73,6 +70,19 @@ def build_roles(
     if settings.second_judge:
         second = build_judge(recipe, run, tokenizer, context, device, settings.second_judge, "ppo: second judge", lent)
     return Roles(actors, reference, judge, second)
+
+
+def check_layout(settings: PpoSection) -> None:
+    """Raises RecipeError where the critic can't start from what the recipe says in any case."""
+    if settings.layout == "shared" and settings.critic_from == "reward":
+        raise RecipeError("ppo.critic_from: in layout shared the critic is a value head on the policy's trunk")
+
+
+def check_pad(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where padding can't be told from a response's end."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad == end:
+        raise UserError(f"{name}: pad and end token must be different tokens (pad {pad}, end {end})")
 
 
 def _adapters(

@@ -246,7 +246,7 @@ class Training:
 
 
 def optimizers_of(model: PreTrainedModel, settings: PretrainSection) -> list[torch.optim.Optimizer]:
-    """What moves the model, as the recipe says."""
+    """What moves the model's weights: each takes its own part of them."""
     if settings.optimizer == "muon":
         return muon_with_adamw(model, settings.learning_rate, settings.weight_decay, BETAS, EPSILON)
     groups = decay_groups(model, settings.weight_decay)

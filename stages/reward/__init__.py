@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rlhf.data.rows import Comparison
-from rlhf.errors import DataError
 from rlhf.job import Job
 from rlhf.model import ADAPTER_LOADS, count_parameters, model_card, save_model
 from rlhf.quantisation import give_back_memory, put_where_it_fits, quantisation
@@ -22,7 +21,7 @@ from stages.lora import learned_weights, merged, save_adapter, trained_on
 from stages.reward.collect import Collected, Split, collect_comparisons
 from stages.reward.measure import held_out, measure_judge
 from stages.reward.normalise import normalise_score, reference_rows, reference_way
-from stages.reward.reading import Judge, Pair, Reading, chat_tokenizer, open_judge
+from stages.reward.reading import Judge, Pair, Reading, chat_tokenizer, check_some, open_judge
 from stages.reward.train import Trained, on_the_whole_base, train_judge
 
 
@@ -99,8 +98,8 @@ def _pairs(job: Job, settings: RewardSection, reading: Reading, collected: Colle
         report_faults(dataset)
     pairs = [pair for pair in made if pair is not None]
     figures |= _left_out(reading, split, len(made))
-    if not pairs and (made or not settings.from_):
-        raise DataError(f"reward.{split}: no comparison of at most {reading.longest} tokens that the judge can read")
+    if made or not settings.from_:
+        check_some(pairs, split, reading)
     return Pairs(pairs, figures)
 
 

@@ -35,10 +35,15 @@ class Judge(NamedTuple):
 def chat_tokenizer(reference: Start) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that the stage stands on. Raises UserError where that is no chat model."""
     tokenizer = reference.tokenizer()
+    check_chat(reference.name, tokenizer)
+    return tokenizer
+
+
+def check_chat(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The same, of a tokenizer that has been loaded."""
     if not tokenizer.chat_template or tokenizer.pad_token_id is None:
         lacks = "pad token" if tokenizer.chat_template else "chat template"
-        raise UserError(f"{reference.name} has no {lacks}; run the stage sft first, or name a chat model as base")
-    return tokenizer
+        raise UserError(f"{name} has no {lacks}; run the stage sft first, or name a chat model as base")
 
 
 def open_judge(
@@ -68,20 +73,29 @@ def open_judge(
     )
     check_vocabulary(model, tokenizer, start.name)
     same = tokenizer.get_vocab() == shared.get_vocab() and tokenizer.chat_template == shared.chat_template
-    untrained: list[int] = []
+    untrained = prepared(settings, start.name, tokenizer)
     if not settings.from_:
-        if not tokenizer.chat_template:
-            log(f"reward: {start.name} has no chat template and gets ours")
-        untrained = prepare_for_chat(tokenizer, "rlhf").untrained
         model.config.score_mean = 0.0  # what one that was a judge before has there holds no longer
-    elif not tokenizer.chat_template:
-        raise UserError(f"reward.from: {start.name} has no chat template, so it can't be told how a conversation looks")
-    elif tokenizer.pad_token_id is None:
-        tokenizer.add_special_tokens({"pad_token": PAD})
     resize_for(model, tokenizer)
     use_special_tokens(model, tokenizer)
     was_classifier = any("SequenceClassification" in kind for kind in model.config.architectures or [])
     return Judge(put(model), tokenizer, same, not was_classifier, untrained)
+
+
+def prepared(settings: RewardSection, name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Gives a judge's tokenizer what it lacks for conversations; the ids that the judge has never seen.
+
+    Raises UserError where an existing judge has no chat template.
+    """
+    if not settings.from_:
+        if not tokenizer.chat_template:
+            log(f"reward: {name} has no chat template and gets ours")
+        return prepare_for_chat(tokenizer, "rlhf").untrained
+    if not tokenizer.chat_template:
+        raise UserError(f"reward.from: {name} has no chat template, so it can't be told how a conversation looks")
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return []
 
 
 class Pair(NamedTuple):
@@ -91,6 +105,12 @@ class Pair(NamedTuple):
     chosen: Ids
     rejected: Ids
     prompt_tokens: int  # how many of the ids are the prompt's
+
+
+def check_some(pairs: Sequence[Pair], split: str, reading: "Reading") -> None:
+    """Raises DataError where a judge can read none of a split's comparisons."""
+    if not pairs:
+        raise DataError(f"reward.{split}: no comparison of at most {reading.longest} tokens that the judge can read")
 
 
 class Reading:
