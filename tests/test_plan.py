@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerBase
 
 from rlhf.errors import RlhfError, UserError
 from rlhf.footprint import GRADIENTS, OPTIMISER, WORKING, Footprint, is_traced, tracing
@@ -207,6 +207,21 @@ def test_every_judge_is_held() -> None:
     judges = {role: size for role, size in three.roles.items() if role.startswith("judge")}
     assert len(judges) == 3 and len(set(judges.values())) == 1
     assert sum(role.startswith("judge") for role in one.roles) == 1
+
+
+def test_a_base_without_a_pad_token_is_planned_in_every_stage(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """GPT-2, Llama and many more have none; transformers' classifiers then refuse more than one row."""
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=200, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stages = ("sft", "reward", "ppo", "evaluate")
+    planned = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", "evaluate.judge=[{model: reward}]")
+    for stage in stages:
+        memory = plan_stage(planned, stage).memory
+        assert memory is not None and memory.total > 0
 
 
 def test_a_base_in_four_bits_takes_an_eighth() -> None:

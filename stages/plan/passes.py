@@ -48,6 +48,9 @@ def causal_lm(config: PreTrainedConfig, machine: Machine) -> PreTrainedModel:
 def scorer(config: PreTrainedConfig, machine: Machine, heads: int = 1) -> PreTrainedModel:
     """A sequence classifier of this configuration."""
     config.num_labels = heads
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0  # any will do; without one transformers' classifiers refuse more than a row
     return _built(AutoModelForSequenceClassification, config, machine)
 
 
