@@ -14,7 +14,7 @@ from rlhf.footprint import GRADIENTS, OPTIMISER, WORKING, Footprint, is_traced, 
 from rlhf.likelihood import head_stands_apart
 from rlhf.model import accelerator_bytes, build_causal_lm, count_parameters, planning_for
 from rlhf.plan import machine_of, run_plan
-from rlhf.recipe import load_recipe
+from rlhf.recipe import StageName, load_recipe
 from rlhf.rundir import RunDir
 from stages.plan import GIB, Context, Machine, plan_stage
 from stages.plan.machine import GPUS, Work
@@ -222,6 +222,9 @@ def test_a_base_without_a_pad_token_is_planned_in_every_stage(
     for stage in stages:
         memory = plan_stage(planned, stage).memory
         assert memory is not None and memory.total > 0
+    long = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", "sft.max_tokens=500")
+    with pytest.raises(UserError, match=r"sft.max_tokens is 500, more than the model's context of 200 tokens"):
+        plan_stage(long, "sft")
 
 
 def test_a_base_in_four_bits_takes_an_eighth() -> None:
@@ -334,6 +337,29 @@ def test_what_a_run_would_refuse_is_refused(
     recipe = load_recipe(str(TINY_RECIPE), override.split(" & "))
     with pytest.raises(RlhfError, match=told):
         run_plan(recipe, ("sft",), finished_chain / "runs", Machine(1, 0), as_json=False)
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_a_base_to_chat_with_is_asked_for_before_anything_runs(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, chat_tokenizer: PreTrainedTokenizerBase, stage: StageName
+) -> None:
+    build_causal_lm(
+        LlamaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    (tmp_path / "judge.py").write_text("def judge(rows):\n    return [0.0] * len(rows)\n")
+    tokenizer.save_pretrained(tmp_path)
+    judge = "ppo.judge=[{python: judge.py:judge}]"
+    planned = context(f"base={tmp_path}", f"data.root={tmp_path}", f"stages=[{stage}]", judge)
+    with pytest.raises(UserError, match="has no chat template; run the stage sft first, or name a chat model as base"):
+        plan_stage(planned, stage)
+    one_token = copy.deepcopy(chat_tokenizer)
+    one_token.pad_token = one_token.eos_token
+    one_token.save_pretrained(tmp_path)
+    if stage == "ppo":
+        with pytest.raises(UserError, match=r"has one token, '<\|end\|>', as pad and as end token; run the stage sft"):
+            plan_stage(planned, stage)
+    else:
+        assert plan_stage(planned, stage).memory
 
 
 def test_parameters_are_counted_once() -> None:

@@ -15,7 +15,7 @@ from rlhf.model import Critic, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt
-from stages.common import open_data
+from stages.common import check_chats, check_context, open_data
 from stages.lora import add_adapter, target_names, using_adapter
 from stages.plan import passes
 from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
@@ -48,6 +48,10 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("ppo")
     beginning = context.beginning("ppo")
+    if beginning.tokenizer is not None:
+        check_chats(beginning.name, beginning.tokenizer, apart=True)
+    if settings.ptx:
+        check_context(beginning.context, "ppo.ptx.sequence_length", settings.ptx.sequence_length)
     drawing = Drawing(**settings.sampling.model_dump())
     prompts = _prompts(context, settings, beginning, found)
     with passes.on(machine) as footprint:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from rlhf.footprint import Footprint
 from rlhf.model import accelerator_bytes, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, microbatches
-from stages.common import open_data
+from stages.common import check_context, open_data
 from stages.plan import passes
 from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
 from stages.plan.machine import Work
@@ -30,6 +30,7 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("pretrain")
     beginning = context.beginning("pretrain")
+    check_context(beginning.context, "pretrain.sequence_length", settings.sequence_length)
     schedule = Plan(settings)
     mine, _ = microbatches(context.recipe, "pretrain", context.machine.processes)
     _read(context, settings, found)

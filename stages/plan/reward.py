@@ -14,7 +14,7 @@ from rlhf.model import count_parameters
 from rlhf.recipe import RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt, prepare_for_chat
-from stages.common import open_data
+from stages.common import check_chats, open_data
 from stages.lora import add_adapters
 from stages.plan import passes
 from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
@@ -52,6 +52,8 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("reward")
     reference = context.beginning("reward")
+    if reference.tokenizer is not None:
+        check_chats(reference.name, reference.tokenizer)
     taken = settings.from_ or settings.start
     beginning = context.named(taken) if taken else reference
     way = Drawing(**reference_way(recipe).model_dump())

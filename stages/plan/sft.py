@@ -14,7 +14,7 @@ from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
 from rlhf.tokenizer import EncodedChat, encode_prompt
-from stages.common import training_order
+from stages.common import check_context, training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
@@ -51,6 +51,7 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("sft")
     beginning = context.beginning("sft")
+    check_context(beginning.context, "sft.max_tokens", settings.max_tokens)
     size, steps = microbatches(recipe, "sft", machine.processes)
     lengths = _lengths(context, settings, beginning, size, found)
     with passes.on(machine) as footprint:

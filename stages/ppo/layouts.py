@@ -18,7 +18,7 @@ from rlhf.quantisation import quantisation
 from rlhf.recipe import Recipe
 from rlhf.rundir import RunDir
 from rlhf.runtime import derive_seed, log
-from stages.common import Start, context_of
+from stages.common import Start, check_chats, context_of
 from stages.judges import build_critic, build_judge
 from stages.lora import SCORE_HEAD, add_adapter, target_names, using_adapter
 from stages.ppo.roles import (
@@ -42,9 +42,7 @@ def build_roles(
     """The roles on the device. Raises UserError or RecipeError where the recipe asks for what can't be."""
     settings = recipe.ppo
     assert settings is not None
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if pad is None or pad == end:
-        raise UserError(f"{start.name}: pad and end token must be different tokens (pad {pad}, end {end})")
+    check_chats(start.name, tokenizer, apart=True)
     quantised = quantisation(recipe, "ppo")
     policy = start.causal_lm(quantised)
     if not quantised:
