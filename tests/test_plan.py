@@ -217,7 +217,7 @@ def test_a_base_without_a_pad_token_is_planned_in_every_stage(
         GPT2Config(vocab_size=len(tokenizer), n_positions=200, n_embd=32, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    stages = ("sft", "reward", "ppo", "evaluate")
+    stages: tuple[StageName, ...] = ("sft", "reward", "ppo", "evaluate")
     planned = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", "evaluate.judge=[{model: reward}]")
     for stage in stages:
         memory = plan_stage(planned, stage).memory
@@ -263,6 +263,41 @@ def test_work_by_hand() -> None:
     assert decoding.hours(gpu, 4) == pytest.approx(1.0)  # a step reads for a second, however many GPUs there are
     together = Work(1.0, 10, 100.0) + Work(2.0, 30, 200.0)
     assert (together.flops, together.steps, together.step_bytes) == (3.0, 40, 175.0)
+
+
+def test_a_response_in_many_pairs_is_read_once() -> None:
+    few, many = (
+        plan_stage(context(f"reward.collect.responses_per_prompt={each}", "reward.pairs_per_step=90"), "reward")
+        for each in (2, 10)
+    )
+    assert "60 comparisons at most" in few.lines[0] and "2,700 comparisons at most" in many.lines[0]
+    assert many.tokens == 5 * few.tokens and few.tokens == 60 * 2 * 96
+    assert few.memory and many.memory and many.memory.total < few.memory.total
+
+
+def test_a_ranking_is_read_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = LlamaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    build_causal_lm(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    row = {"prompt": "hot", "responses": ["one", "two", "six"], "ranks": [1, 2, 3]}  # three pairs of three responses
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    files = ("reward.collect=null", "reward.train=[{path: rows.jsonl}]", "reward.test=[{path: rows.jsonl}]")
+    together, alone = (
+        plan_stage(
+            context(
+                f"base={tmp_path}",
+                f"data.root={tmp_path}",
+                "stages=[sft,reward]",
+                *files,
+                "reward.pairs_per_step=3",
+                f"reward.microbatch_size={size}",
+                "reward.epochs=1",
+            ),
+            "reward",
+        )
+        for size in (3, 1)
+    )
+    assert alone.tokens == pytest.approx(2 * together.tokens, rel=0.2)
 
 
 def test_what_is_planned_for() -> None:

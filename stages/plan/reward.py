@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.footprint import Footprint
 from rlhf.functional.bradley_terry import preference_loss
 from rlhf.model import count_parameters
-from rlhf.recipe import RewardSection, Source, microbatches
+from rlhf.recipe import CollectSection, RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt, prepare_for_chat
 from stages.common import check_chats, open_data
@@ -41,6 +41,7 @@ class Lengths(NamedTuple):
     first: Shape  # the microbatch with most tokens in the first step, when the optimiser has no state yet
     largest: Shape  # and in all others
     mean: float  # tokens of a conversation
+    tokens: float  # that training reads
     longest: int  # of all
     prompts: list[int]  # tokens of those that the reference answers
 
@@ -83,7 +84,7 @@ def plan(context: Context) -> StagePlan:
             found.trained = sum(parameter.numel() for parameter in learning)
         passes.score(footprint, model, lengths.longest, rows=drawn)
     found.memory = memory_of(footprint, machine, model, found.trained)
-    found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
+    found.tokens = lengths.tokens * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)
     rounds = -(-drawn // (256 * machine.processes)) * way.max_tokens
@@ -95,6 +96,8 @@ def plan(context: Context) -> StagePlan:
     else:
         wanted = max(1, round(settings.epochs * lengths.pairs))
         more = " or more (work and time are of so many)" if lengths.pairs >= ROWS_READ else ""
+        if settings.collect:
+            more = " at most, each response read once with all that it is compared with"
         found.lines = [
             f"{lengths.pairs:,} comparisons{more}, {settings.epochs:g} epochs = "
             f"{-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs ({machine.processes} "
@@ -119,9 +122,10 @@ def _lengths(
     way = reference_way(context.recipe)
     prompt = max(1, most - way.max_tokens)
     whole = Shape(2 * size, most, size)
-    unknown = Lengths(ROWS_READ, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
+    every = 2.0 * most * ROWS_READ * settings.epochs
+    unknown = Lengths(ROWS_READ, whole, whole, most, every, most, [prompt] * settings.normalisation_prompts)
     if settings.collect:
-        return unknown._replace(pairs=_collected(settings), mean=float(most))
+        return _collected(settings.collect, unknown, settings.epochs, size)
     if beginning.tokenizer is None:
         found.unchecked.append("the comparisons: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
@@ -150,21 +154,27 @@ def _lengths(
         for pair in pairs[: settings.normalisation_prompts]
     ]
     first = largest = whole
+    mean = sum(lengths) / len(lengths)
+    tokens = 2 * mean * len(train) * settings.epochs
     if train and len(train) < ROWS_READ:
         wanted = -(-max(1, round(settings.epochs * len(train))) // settings.pairs_per_step)
         order = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         shapes = [_shape([train[place] for place in batch]) for batch in batches]
+        tokens = sum(_distinct([train[place] for place in batch]) for batch in batches)
         each = settings.pairs_per_step // size
         first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
-    return Lengths(len(train), first, largest, sum(lengths) / len(lengths), max(lengths), prompts)
+    return Lengths(len(train), first, largest, mean, tokens, max(lengths), prompts)
 
 
-def _collected(settings: RewardSection) -> int:
-    """How many comparisons come of the responses that are drawn, at most."""
-    assert settings.collect is not None
-    each = settings.collect.responses_per_prompt
-    return settings.collect.train_prompts * each * (each - 1) // 2
+def _collected(collect: CollectSection, unknown: Lengths, epochs: float, size: int) -> Lengths:
+    """Of every two responses to a prompt, at most; all pairs of a prompt are read together, each response once."""
+    each = collect.responses_per_prompt
+    of_prompt = each * (each - 1) // 2
+    at_once = each * (1 + -(-size // of_prompt))  # a microbatch may begin and end within a prompt's pairs
+    shape = unknown.first._replace(sequences=min(unknown.first.sequences, at_once))
+    tokens = collect.train_prompts * each * unknown.mean * epochs
+    return unknown._replace(pairs=collect.train_prompts * of_prompt, first=shape, largest=shape, tokens=tokens)
 
 
 def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> list[Pair]:
@@ -177,6 +187,11 @@ def _pairs(context: Context, reading: Reading, sources: Sequence[Source]) -> lis
 def largest_of(shapes: list[Shape]) -> Shape:
     """The one with most tokens."""
     return max(shapes, key=lambda shape: shape.sequences * shape.tokens)
+
+
+def _distinct(pairs: Sequence[Pair]) -> int:
+    """Tokens of the conversations in these pairs, each counted once."""
+    return sum(map(len, {ids.tobytes(): ids for pair in pairs for ids in (pair.chosen, pair.rejected)}.values()))
 
 
 def _shape(pairs: Sequence[Pair]) -> Shape:
