@@ -142,18 +142,16 @@ def context_of(model: PreTrainedModel) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
-def fitting(
-    prompts: list[T], length: Callable[[T], int], model: PreTrainedModel, max_tokens: int, what: str
-) -> list[T]:
-    """The prompts whose responses of `max_tokens` fit into the model's context; says how many don't.
+def fitting(prompts: list[T], length: Callable[[T], int], context: int, max_tokens: int, what: str) -> list[T]:
+    """The prompts whose responses of `max_tokens` fit into a model's context; says how many don't.
 
     Raises DataError where none does.
     """
-    room = context_of(model) - max_tokens
+    room = context - max_tokens
     fit = [prompt for prompt in prompts if length(prompt) <= room]
     if not fit:
         raise DataError(
-            f"{what}: no prompt leaves room for a response of {max_tokens} tokens in a context of {context_of(model)}"
+            f"{what}: no prompt leaves room for a response of {max_tokens} tokens in a context of {context}"
         )
     if len(fit) < len(prompts):
         log(

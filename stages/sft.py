@@ -458,7 +458,9 @@ def _share_ended(
 ) -> dict[str, Any]:
     """The share of sampled responses that stop by themselves, and a few of them for the eye."""
     encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
-    prompts = fitting(encoded, lambda prompt: len(prompt[1]), model, settings.sampling.max_tokens, "sft.sampling")
+    prompts = fitting(
+        encoded, lambda prompt: len(prompt[1]), context_of(model), settings.sampling.max_tokens, "sft.sampling"
+    )
     seed = derive_seed(job.recipe.seed, "sft", "sampling")
     responses = sample_responses(job, model, tokenizer, [ids for _, ids in prompts], settings.sampling, seed)
     for (prompt, _), response in list(zip(prompts, responses, strict=True))[:3]:

@@ -225,6 +225,10 @@ def test_a_base_without_a_pad_token_is_planned_in_every_stage(
     long = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", "sft.max_tokens=500")
     with pytest.raises(UserError, match=r"sft.max_tokens is 500, more than the model's context of 200 tokens"):
         plan_stage(long, "sft")
+    for stage, section in (("sft", "sft"), ("reward", "reward"), ("ppo", "ppo")):
+        long = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", f"{section}.sampling.max_tokens=200")
+        with pytest.raises(UserError, match=f"{section}.*: no prompt leaves room for a response of 200 tokens"):
+            plan_stage(long, stage)
 
 
 def test_a_base_in_four_bits_takes_an_eighth() -> None:

@@ -15,7 +15,7 @@ from rlhf.model import Critic, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt
-from stages.common import check_chats, check_context, open_data
+from stages.common import check_chats, check_context, fitting, open_data
 from stages.lora import add_adapter, target_names, using_adapter
 from stages.plan import passes
 from stages.plan.base import ADAM, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
@@ -53,7 +53,8 @@ def plan(context: Context) -> StagePlan:
     if settings.ptx:
         check_context(beginning.context, "ppo.ptx.sequence_length", settings.ptx.sequence_length)
     drawing = Drawing(**settings.sampling.model_dump())
-    prompts = _prompts(context, settings, beginning, found)
+    known = _prompts(context, settings, beginning, found)
+    prompts = fitting(known, lambda tokens: tokens, beginning.context, settings.sampling.max_tokens, "ppo.prompts")
     with passes.on(machine) as footprint:
         models = _models(context, settings, beginning, footprint)
         budget = Budget.of(settings, models.policy)
@@ -102,8 +103,7 @@ def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found
     every = [source for each in lists for source in each]
     asked = read_if_there(found, every, f"the prompts, which are taken to have {room} tokens", read) or []
     found.shown = tokenizer.decode(asked[0])[:SHOWN] if asked else ""
-    fit = [len(ids) for ids in asked if len(ids) <= beginning.context - settings.sampling.max_tokens]
-    return fit or [max(1, room)]
+    return [len(ids) for ids in asked] or [max(1, room)]
 
 
 def _models(context: Context, settings: PpoSection, beginning: Beginning, footprint: Footprint) -> Models:

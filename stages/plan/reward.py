@@ -14,7 +14,7 @@ from rlhf.model import count_parameters
 from rlhf.recipe import CollectSection, RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt, prepare_for_chat
-from stages.common import check_chats, open_data
+from stages.common import check_chats, fitting, open_data
 from stages.lora import add_adapters
 from stages.plan import passes
 from stages.plan.base import ADAM, ROWS_READ, Beginning, Context, StagePlan, first_rows, memory_of, read_if_there
@@ -75,8 +75,8 @@ def plan(context: Context) -> StagePlan:
             ) * settings.collect.responses_per_prompt
         with footprint.role("the reference's weights"):
             answering = passes.causal_lm(reference.config, context.machine)
-        fitting = [min(tokens, reference.context - way.max_tokens) for tokens in lengths.prompts]
-        passes.draw(footprint, answering, (fitting * drawn)[:drawn], way)
+        fit = fitting(lengths.prompts, lambda tokens: tokens, reference.context, way.max_tokens, "reward.sampling")
+        passes.draw(footprint, answering, (fit * drawn)[:drawn], way)
         del answering
         found.parameters = plain
         if not settings.from_:

@@ -14,7 +14,7 @@ from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
 from rlhf.tokenizer import EncodedChat, encode_prompt
-from stages.common import check_context, training_order
+from stages.common import check_context, fitting, training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
@@ -108,7 +108,9 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
     if len(train.chats) >= ROWS_READ:
         largest = unknown.largest
-    prompts = [len(encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
+    asked = [len(encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
+    room = beginning.context, settings.sampling.max_tokens
+    prompts = fitting(asked, lambda tokens: tokens, *room, "sft.sampling")
     return Lengths(
         first,
         largest,

@@ -17,7 +17,7 @@ from rlhf.recipe import PpoSection, Recipe
 from rlhf.rollout import Response, cut_at_stop
 from rlhf.runtime import device
 from rlhf.tokenizer import Messages, encode_prompt
-from stages.common import fitting, open_data, report_faults
+from stages.common import context_of, fitting, open_data, report_faults
 
 
 class Prompt(NamedTuple):
@@ -203,4 +203,6 @@ def read_prompts(
     dataset: Any = open_data(recipe, "ppo", getattr(settings, key), "prompts", "test" if "test" in key else "train")
     found = [Prompt(messages, encode_prompt(tokenizer, messages)) for messages in dataset]
     report_faults(dataset)
-    return fitting(found, lambda prompt: len(prompt.ids), policy, settings.sampling.max_tokens, f"ppo.{key}")
+    return fitting(
+        found, lambda prompt: len(prompt.ids), context_of(policy), settings.sampling.max_tokens, f"ppo.{key}"
+    )

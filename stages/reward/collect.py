@@ -24,7 +24,7 @@ from rlhf.templates import Messages
 from rlhf.tinyworld.dialogues import questions
 from rlhf.tinyworld.oracle import gold_reward
 from rlhf.tokenizer import encode_prompt
-from stages.common import Start, fitting, named_model, open_data, report_faults, sample_responses
+from stages.common import Start, context_of, fitting, named_model, open_data, report_faults, sample_responses
 from stages.reward.labellers import Labels, label_all, labelled_by_a_person
 
 Split = Literal["train", "test"]
@@ -189,7 +189,7 @@ def draw_once(
             raise UserError(f"{key}: {start.name} has no {lacks}, so it can't be asked")
         model = start.causal_lm().to(device())
         encoded = [(place, encode_prompt(tokenizer, prompt)) for place, prompt in enumerate(prompts)]
-        fit = fitting(encoded, lambda prompt: len(prompt[1]), model, sampling.max_tokens, key)
+        fit = fitting(encoded, lambda prompt: len(prompt[1]), context_of(model), sampling.max_tokens, key)
         asked = [prompt for prompt in fit[:at_most] for _ in range(each)]
         seed = derive_seed(job.recipe.seed, "reward", *purpose)
         what = f"reward: sampling {purpose[0]}"
