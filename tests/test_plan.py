@@ -304,6 +304,11 @@ def test_a_ranking_is_read_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBa
     assert alone.tokens == pytest.approx(2 * together.tokens, rel=0.2)
 
 
+def test_questions_without_a_tokenizer_are_unknown_not_none() -> None:
+    plan = plan_stage(context("evaluate.prompts=[]"), "evaluate")
+    assert " 0 tokens" not in plan.lines[0] and "few-shot" in plan.unchecked[-1]
+
+
 def test_what_is_planned_for() -> None:
     plain = load_recipe(str(TINY_RECIPE))
     made_for = load_recipe(str(TINY_RECIPE), ["hardware={gpus: 8, gpu_memory: 80, launch: fsdp2}"])

@@ -44,6 +44,8 @@ def plan(context: Context) -> StagePlan:
         if settings.texts or settings.training:
             passes.read_texts(footprint, model, longest, TOKEN_BUDGET)
         read = _ask(context, settings, beginning, model, footprint)
+        if settings.fewshot.tasks and beginning.tokenizer is None:
+            found.unchecked.append("the questions of the few-shot tasks: the tokenizer isn't here yet")
         if settings.prompts:
             prompts = _prompts(context, beginning, drawing)
             passes.draw(footprint, model, (prompts * settings.responses_per_prompt)[:ANSWERED], drawing)
@@ -56,7 +58,8 @@ def plan(context: Context) -> StagePlan:
     found.memory = memory_of(footprint, machine)
     found.tokens = float(models * read)
     found.work = Work(2.0 * found.parameters * found.tokens)
-    found.lines = [f"{models} models, one after the other; questions and answers of about {read:,} tokens each"]
+    known = f"; questions and answers of about {read:,} tokens each" if read else ""
+    found.lines = [f"{models} models, one after the other{known}"]
     return found
 
 
