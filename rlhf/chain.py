@@ -345,11 +345,12 @@ def run_chain(
             run.write_summary()
             check_gate(recipe, stage, run)
         run.write_summary()  # of a run that was killed at its very end
-    if len(wanted) > 1:
+    whole = len(wanted) > 1 or wanted == recipe.stages
+    if whole:
         _report(run, anew=todo > 0)
     if todo == 0:
         print(f"nothing to do: every stage of {run.path} is done with this recipe (--fresh runs it again)")
-    elif len(wanted) > 1:
+    elif whole:
         _say_what_is_there(recipe, run, time.monotonic() - started)
 
 

@@ -12,7 +12,7 @@ from rlhf.choices import loading_attention
 from rlhf.data import sources as data
 from rlhf.data.reader import Faults
 from rlhf.data.tokens import PackedTokens, pack
-from rlhf.errors import DataError, RecipeError
+from rlhf.errors import DataError, RecipeError, UserError
 from rlhf.job import Job
 from rlhf.model import end_ids, load_causal_lm
 from rlhf.recipe import STAGES, Recipe, Sampling, Source, StageName, externals, upstream
@@ -89,13 +89,21 @@ def runs_code(recipe: Recipe, model: str) -> bool:
     return model in recipe.trust_remote_code or (not brought and recipe.base in recipe.trust_remote_code)
 
 
-def check_context(model: PreTrainedModel, key: str, tokens: int) -> None:
+def check_chats(name: str, tokenizer: PreTrainedTokenizerBase, *, apart: bool = False) -> None:
+    """Raises UserError where a model is none to chat with; `apart`: its pad token isn't to be its end token."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        raise UserError(f"{name} has no chat template; run the stage sft first, or name a chat model as base")
+    if pad is None or (apart and pad == end):
+        has = "no pad token" if pad is None else f"one token, {tokenizer.eos_token!r}, as pad and as end token"
+        raise UserError(
+            f"{name} has {has}; run the stage sft first, which gives it a pad token of its own, or name one that it "
+            "has and never uses as `pad_token` in its tokenizer_config.json"
+        )
+
+
+def check_context(context: int, key: str, tokens: int) -> None:
     """Raises RecipeError where a model's context has no room for so many tokens."""
-    check_room(context_of(model), key, tokens)
-
-
-def check_room(context: int, key: str, tokens: int) -> None:
-    """The same, of a context of so many tokens."""
     if tokens > context:
         raise RecipeError(f"{key} is {tokens}, more than the model's context of {context} tokens")
 

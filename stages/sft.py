@@ -92,7 +92,7 @@ def run(job: Job) -> dict[str, Any]:
     given = prepared(recipe, settings, start.name, tokenizer)
     quantised = quantisation(recipe, "sft")
     model = _model(recipe, start, tokenizer, given, quantised)
-    check_context(model, "sft.max_tokens", settings.max_tokens)
+    check_context(context_of(model), "sft.max_tokens", settings.max_tokens)
     if settings.packing:
         check_isolation(model, "sft.packing")
     train = dialogues_of(recipe, settings, tokenizer, "train")

@@ -417,7 +417,6 @@ class TrainerLoop(TrainerCallback):
         self.writing = ExitStack()  # what is half written when the trainer fails is thrown away
         self._folder: Path | None = None
         self.stopped_at: int | None = None
-        self._measured: dict[str, float] = {}  # the validation's figure that is shown
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the bar, and measures what is there before the first step."""
@@ -433,7 +432,9 @@ class TrainerLoop(TrainerCallback):
         if self._validator and self._validator.due(step):
             figures = self._validator.measure(step)
             self._metrics.log(step=step, **figures)
-            self._measured = {self._validator.key: figures[self._validator.key]}
+            if 0 < step < self._steps:  # what was found before and after is told at the end
+                key = self._validator.key
+                log(f"{self._what}: after step {step}: {key.replace('_', ' ')} {figures[key]:.4f}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seals what the trainer wrote."""
@@ -493,4 +494,4 @@ class TrainerLoop(TrainerCallback):
         }
         window.clear()
         self._metrics.log(step=step, **means)
-        self._bar.show(step, **means, **self._measured)
+        self._bar.show(step, **means)

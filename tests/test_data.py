@@ -290,6 +290,16 @@ def test_every_format_of_a_conversation_gives_the_same(row: dict[str, Any]) -> N
     assert rows.to_conversation(row) == [USER, ANSWER]
 
 
+def test_a_conversation_of_a_comparison_is_the_prompt_with_the_better_response() -> None:
+    better = [USER, {"role": "assistant", "content": "good"}]
+    assert rows.to_conversation({"prompt": "q", "chosen": "good", "rejected": "bad"}) == better
+    worse = [USER, {"role": "assistant", "content": "bad"}]
+    assert rows.to_conversation({"chosen": better, "rejected": worse}) == better
+    assert rows.to_conversation({"messages": worse, "chosen": better, "rejected": worse}) == worse, "it is named"
+    with pytest.raises(rows.Malformed, match="the last answer is empty"):
+        rows.to_conversation({"prompt": "q", "chosen": " ", "rejected": "bad"})
+
+
 def test_conversations_may_have_a_system_turn_and_many_turns() -> None:
     messages = [SYSTEM, USER, ANSWER, USER, ANSWER]
     assert rows.to_conversation({"messages": messages}) == messages

@@ -107,6 +107,29 @@ def test_an_existing_judge_alone_is_a_reward_stage(home: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_chain_of_one_stage_is_told_as_any_and_validation_where_it_was_measured(home: Path) -> None:
+    """It ended without a report, and a line of training showed the validation of steps before."""
+    small = ("sft.steps=4", "sft.validate_every=2", "sft.log_every=1", "sft.sampled_prompts=4")
+    said = rlhf(
+        *(
+            "run",
+            "all",
+            "--recipe",
+            str(TINY_RECIPE),
+            "name=one",
+            "stages=[sft]",
+            "base=runs/tiny/pretrain/model",
+            *small,
+        ),
+        cwd=home,
+    )
+    assert "the report: runs/one/report.html" in said and "talk with its model" in said
+    assert (home / "runs/one/report.html").is_file()
+    (measured,) = (line for line in said.splitlines() if "after step" in line)
+    assert measured.startswith("sft: after step 2: validation nats per token ")
+    assert not any("/4  loss" in line and "validation" in line for line in said.splitlines())
+
+
 def test_batches_that_do_not_divide_are_refused_before_the_first_stage(tmp_path: Path) -> None:
     said = rlhf("run", "all", "--recipe", str(TINY_RECIPE), "reward.microbatch_size=3", cwd=tmp_path, code=2)
     assert "reward.microbatch_size: 3 does not divide 10, pairs_per_step" in said

@@ -14,6 +14,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     LlamaConfig,
     MixtralConfig,
@@ -279,6 +280,28 @@ def test_every_judge_is_held() -> None:
     assert sum(role.startswith("judge") for role in one.roles) == 1
 
 
+def test_a_base_without_a_pad_token_is_planned_in_every_stage(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """GPT-2, Llama and many more have none; transformers' classifiers then refuse more than one row."""
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=200, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stages: tuple[StageName, ...] = ("sft", "reward", "ppo", "evaluate")
+    planned = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", "evaluate.judge=[{model: reward}]")
+    for stage in stages:
+        memory = plan_stage(planned, stage).memory
+        assert memory is not None and memory.total > 0
+    long = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", "sft.max_tokens=500")
+    with pytest.raises(UserError, match=r"sft.max_tokens is 500, more than the model's context of 200 tokens"):
+        plan_stage(long, "sft")
+    for stage, section in (("sft", "sft"), ("reward", "reward"), ("ppo", "ppo")):
+        long = context(f"base={tmp_path}", f"stages=[{','.join(stages)}]", f"{section}.sampling.max_tokens=200")
+        with pytest.raises(UserError, match=f"{section}.*: no prompt leaves room for a response of 200 tokens"):
+            plan_stage(long, stage)
+
+
 def test_a_base_in_four_bits_takes_an_eighth() -> None:
     """Of the linear layers; embeddings, norms and the activations stay."""
     plain, packed = (
@@ -315,6 +338,46 @@ def test_work_by_hand() -> None:
     assert decoding.hours(gpu, 4) == pytest.approx(1.0)  # a step reads for a second, however many GPUs there are
     together = Work(1.0, 10, 100.0) + Work(2.0, 30, 200.0)
     assert (together.flops, together.steps, together.step_bytes) == (3.0, 40, 175.0)
+
+
+def test_a_response_in_many_pairs_is_read_once() -> None:
+    few, many = (
+        plan_stage(context(f"reward.collect.responses_per_prompt={each}", "reward.pairs_per_step=90"), "reward")
+        for each in (2, 10)
+    )
+    assert "60 comparisons at most" in few.lines[0] and "2,700 comparisons at most" in many.lines[0]
+    assert many.tokens == 5 * few.tokens and few.tokens == 60 * 2 * 96
+    assert few.memory and many.memory and many.memory.total < few.memory.total
+
+
+def test_a_ranking_is_read_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = LlamaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    build_causal_lm(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    row = {"prompt": "hot", "responses": ["one", "two", "six"], "ranks": [1, 2, 3]}  # three pairs of three responses
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    files = ("reward.collect=null", "reward.train=[{path: rows.jsonl}]", "reward.test=[{path: rows.jsonl}]")
+    together, alone = (
+        plan_stage(
+            context(
+                f"base={tmp_path}",
+                f"data.root={tmp_path}",
+                "stages=[sft,reward]",
+                *files,
+                "reward.pairs_per_step=3",
+                f"reward.microbatch_size={size}",
+                "reward.epochs=1",
+            ),
+            "reward",
+        )
+        for size in (3, 1)
+    )
+    assert alone.tokens == pytest.approx(2 * together.tokens, rel=0.2)
+
+
+def test_questions_without_a_tokenizer_are_unknown_not_none() -> None:
+    plan = plan_stage(context("evaluate.prompts=[]"), "evaluate")
+    assert " 0 tokens" not in plan.lines[0] and "few-shot" in plan.unchecked[-1]
 
 
 def test_what_is_planned_for() -> None:
@@ -593,6 +656,29 @@ def test_what_will_be_redone_is_planned_anew(finished_chain: Path, capsys: pytes
     same = load_recipe(str(TINY_RECIPE))
     run_plan(same, ("sft",), finished_chain / "runs", Machine(1, 0), as_json=False, fresh=True)
     assert "sft: would be redone, since --fresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_a_base_to_chat_with_is_asked_for_before_anything_runs(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, chat_tokenizer: PreTrainedTokenizerBase, stage: StageName
+) -> None:
+    build_causal_lm(
+        LlamaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    (tmp_path / "judge.py").write_text("def judge(rows):\n    return [0.0] * len(rows)\n")
+    tokenizer.save_pretrained(tmp_path)
+    judge = "ppo.judge=[{python: judge.py:judge}]"
+    planned = context(f"base={tmp_path}", f"data.root={tmp_path}", f"stages=[{stage}]", judge)
+    with pytest.raises(UserError, match="has no chat template; run the stage sft first, or name a chat model as base"):
+        plan_stage(planned, stage)
+    one_token = copy.deepcopy(chat_tokenizer)
+    one_token.pad_token = one_token.eos_token
+    one_token.save_pretrained(tmp_path)
+    if stage == "ppo":
+        with pytest.raises(UserError, match=r"has one token, '<\|end\|>', as pad and as end token; run the stage sft"):
+            plan_stage(planned, stage)
+    else:
+        assert plan_stage(planned, stage).memory
 
 
 def test_parameters_are_counted_once() -> None:

@@ -476,6 +476,18 @@ def test_a_row_that_no_format_reads_names_none() -> None:
         assert "format" not in str(caught.value)
 
 
+def test_a_row_that_lacks_what_is_needed_is_told_what_it_has_and_what_is_needed() -> None:
+    with pytest.raises(Malformed) as caught:
+        to_items({"question": "q", "better": "a", "worse": "b"}, "trl", "comparisons")
+    said = (
+        "no `prompt`; the row has `question`, `better`, `worse`, and comparisons have `prompt`, `chosen` and `rejected`"
+    )
+    assert str(caught.value).startswith(said)
+    with pytest.raises(Malformed) as caught:
+        to_items({f"column {number}": "x" * 1000 for number in range(100)}, "trl", "prompts")
+    assert "`column 9`, ..., and prompts have" in str(caught.value) and len(str(caught.value)) < 300
+
+
 def test_the_built_in_world_has_one_shape() -> None:
     source = Source(builtin="tinyworld", rows=1, format="alpaca")
     with pytest.raises(RecipeError, match="leave out format: alpaca"):

@@ -52,9 +52,15 @@ def to_text(row: dict[str, Any]) -> str:
 
 
 def to_conversation(row: dict[str, Any]) -> Messages:
-    """A conversation that ends with the assistant: `messages`, or `prompt` and `completion`."""
+    """A conversation that ends with the assistant: `messages`, or `prompt` and `completion`.
+
+    Of a comparison it is the prompt with the better response.
+    """
     if "messages" in row:
         messages = messages_at(row["messages"], "messages")
+    elif {"chosen", "rejected"} <= row.keys() and "completion" not in row:
+        row = _with_prompt_apart(row)
+        messages = [*_prompt(row), {"role": "assistant", "content": _response(row, "chosen")}]
     elif "prompt" in row or "completion" in row:
         messages = [*_prompt(row), {"role": "assistant", "content": _response(row, "completion")}]
     else:

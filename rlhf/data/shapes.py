@@ -46,21 +46,29 @@ _KEPT = {
     "source",
 }
 
+_HAVE: dict[Kind, str] = {
+    "texts": "texts have `text`",
+    "conversations": "conversations have `messages`, or `prompt` and `completion`",
+    "prompts": "prompts have `prompt`, or are those of conversations or comparisons",
+    "comparisons": "comparisons have `prompt`, `chosen` and `rejected`, or `prompt`, `responses` and `ranks`",
+}
+
 
 def to_items(row: dict[str, Any], shape: Shape, kind: Kind) -> list[Any]:
     """What a row of this shape gives a stage: one text, conversation or prompt, or one or several comparisons.
 
-    Raises Malformed; where a row is none of TRL's but has another shape, it says which `format` would read it.
+    Raises Malformed; where a row is none of TRL's but has another shape, it says which `format` would read it, and
+    where it lacks what it needs, what it has.
     """
     if shape != "trl":
         return CONVERTERS[kind](to_trl(row, shape, kind))
     try:
         return CONVERTERS[kind](row)
     except Malformed as fault:
-        raise Malformed(f"{fault}{_hint(row, kind)}") from None
+        raise Malformed(f"{fault}{_hint(str(fault), row, kind)}") from None
 
 
-def _hint(row: dict[str, Any], kind: Kind) -> str:
+def _hint(fault: str, row: dict[str, Any], kind: Kind) -> str:
     others: tuple[Shape, ...] = ("alpaca", "sharegpt", "chatml", "hh")
     for shape in others:
         try:
@@ -68,7 +76,10 @@ def _hint(row: dict[str, Any], kind: Kind) -> str:
         except Malformed:
             continue
         return f"; `format: {shape}` would read it"
-    return ""
+    if not fault.startswith("no `") or not row:
+        return ""
+    names = ", ".join(f"`{name[:40]}`" for name in list(row)[:10])
+    return f"; the row has {names}{', ...' if len(row) > 10 else ''}, and {_HAVE[kind]}"
 
 
 def to_trl(row: dict[str, Any], shape: Shape, kind: Kind) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class Source(Section):
     """One source of data: exactly one of `builtin`, `path` and `hub`."""
 
     builtin: Literal["tinyworld"] | None = Field(None, description="data that the package makes itself")
-    path: str | None = Field(None, description="file or glob below data.root: .jsonl .jsonl.gz .json .parquet .txt")
+    path: str | None = Field(
+        None, description="file or glob below data.root: .jsonl .json .txt, each also .gz or .zst, .parquet"
+    )
     hub: str | None = Field(
         None, description="id of a data set on the Hugging Face hub, or a folder that holds one, which goes first"
     )

@@ -44,6 +44,8 @@ def plan(context: Context) -> StagePlan:
             model = passes.causal_lm(beginning.config, machine)
         found.parameters = count_parameters(model)
         batches = _batches(context, settings, beginning, model)
+        if settings.fewshot.tasks and beginning.tokenizer is None:
+            found.unchecked.append("the questions of the few-shot tasks: the tokenizer isn't here yet")
         prompts = _prompts(context, beginning, drawing) if settings.prompts else []
         read = sum(batch.tokens for batch in batches)
         read += settings.responses_per_prompt * sum(tokens + drawing.max_tokens for tokens in prompts)
@@ -63,7 +65,8 @@ def plan(context: Context) -> StagePlan:
             found.memory = memory_of(footprint, machine)
     found.tokens = float(models * read)
     found.work = Work(2.0 * found.parameters * found.tokens)
-    found.lines = [f"{models} models, one after the other; questions and answers of about {read:,} tokens each"]
+    known = f"; questions and answers of about {read:,} tokens each" if read else ""
+    found.lines = [f"{models} models, one after the other{known}"]
     return found
 
 

@@ -16,14 +16,14 @@ from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
 from rlhf.tinyworld.words import Split
 from rlhf.tokenizer import encode_prompt
-from stages.common import check_room, fitting
+from stages.common import check_chats, check_context, fitting
 from stages.lora import SameAdapter, add_adapter, target_names, using_adapter
 from stages.plan import passes
 from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
 from stages.ppo.doctor import Doctor
 from stages.ppo.episodes import microbatches_of
-from stages.ppo.layouts import check_layout, check_pad
+from stages.ppo.layouts import check_layout
 from stages.ppo.roles import CRITIC, POLICY, REWARD
 from stages.ppo.rollout import Budget
 
@@ -52,6 +52,8 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("ppo")
     beginning = context.beginning("ppo")
+    if beginning.tokenizer is not None:
+        check_chats(beginning.name, beginning.tokenizer, apart=True)
     drawing = Drawing(**settings.sampling.model_dump())
     check_layout(settings)
     Doctor(settings.doctor.off)
@@ -95,7 +97,6 @@ def _prompts(context: Context, settings: PpoSection, beginning: Beginning, found
         found.unchecked.append(f"the prompts: the tokenizer isn't here yet; all are taken to have {room} tokens")
         return [max(1, room)]
     tokenizer = beginning.tokenizer
-    check_pad(beginning.name, tokenizer)
     keys = [key for key in ("prompts", "test_prompts", "validation_prompts") if getattr(settings, key)]
 
     def read() -> list[list[int]]:
@@ -117,7 +118,7 @@ def _read_texts(context: Context, settings: PpoSection, beginning: Beginning, fo
     """Looks at the first of the texts that are mixed in."""
     if settings.ptx is None:
         return
-    check_room(beginning.context, "ppo.ptx.sequence_length", settings.ptx.sequence_length)
+    check_context(beginning.context, "ppo.ptx.sequence_length", settings.ptx.sequence_length)
     texts = settings.ptx.train
     read_if_there(found, texts, "the texts", lambda: read_first(context, "ppo", texts, "texts", "train"))
 

@@ -10,7 +10,7 @@ from rlhf.footprint import Footprint
 from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters
 from rlhf.muon import Muon
 from rlhf.recipe import PretrainSection, microbatches
-from stages.common import check_room
+from stages.common import check_context
 from stages.plan import passes
 from stages.plan.base import ADAM, Beginning, Context, StagePlan, counting, memory_of, read_first, read_if_there
 from stages.plan.machine import Work
@@ -31,7 +31,7 @@ def plan(context: Context) -> StagePlan:
     found = StagePlan("pretrain")
     beginning = context.beginning("pretrain")
     if context.recipe.base is not None:
-        check_room(beginning.context, "pretrain.sequence_length", settings.sequence_length)
+        check_context(beginning.context, "pretrain.sequence_length", settings.sequence_length)
     schedule = Plan(settings)
     mine, _ = microbatches(context.recipe, "pretrain", context.machine.processes)
     _read(context, settings, found)

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from rlhf.footprint import Footprint
 from rlhf.functional.bradley_terry import preference_loss
 from rlhf.model import checkpoint_layers, count_parameters
-from rlhf.recipe import RewardSection, Source, microbatches
+from rlhf.recipe import CollectSection, RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt
-from stages.common import open_data, report_faults
+from stages.common import check_chats, fitting, open_data, report_faults
 from stages.lora import add_adapters
 from stages.plan import passes
 from stages.plan.base import (
@@ -31,7 +31,7 @@ from stages.plan.base import (
 )
 from stages.plan.machine import Work
 from stages.reward.normalise import reference_way
-from stages.reward.reading import Judge, Pair, Reading, check_chat, check_some, prepared
+from stages.reward.reading import Judge, Pair, Reading, check_some, prepared
 from stages.reward.train import VALIDATION_PAIRS, pair_order
 
 SHOWN = 1500  # characters of the first comparison
@@ -53,6 +53,7 @@ class Lengths(NamedTuple):
     first: Shape  # the microbatch with most tokens in the first step, when the optimiser has no state yet
     largest: Shape  # and in all others
     mean: float  # tokens of a conversation
+    tokens: float  # that training reads
     longest: int  # of all
     prompts: list[int]  # tokens of those that the reference answers
 
@@ -64,10 +65,10 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("reward")
     reference = context.beginning("reward")
+    if reference.tokenizer is not None:
+        check_chats(reference.name, reference.tokenizer)
     taken = settings.from_ or settings.start
     beginning = context.named(taken) if taken else reference
-    if reference.tokenizer is not None:
-        check_chat(reference.name, reference.tokenizer)
     way = Drawing(**reference_way(recipe).model_dump())
     size = steps = 1
     if not settings.from_:
@@ -94,14 +95,15 @@ def plan(context: Context) -> StagePlan:
             for answering in _answering(context, settings, reference):
                 with footprint.role("the reference's weights"):
                     answers = passes.causal_lm(answering.config, context.machine)
-                fitting = [max(1, min(tokens, answering.context - way.max_tokens)) for tokens in lengths.prompts]
-                passes.draw(footprint, answers, (fitting * drawn)[:drawn], way)
+                key, room = "reward.sampling", answering.context
+                asked = fitting(lengths.prompts, lambda tokens: tokens, room, way.max_tokens, key)
+                passes.draw(footprint, answers, (asked * drawn)[:drawn], way)
                 del answers
             if not settings.from_:
                 _train(context, settings, model, adapted, lengths, steps > 1, footprint)
             passes.score(footprint, model, lengths.longest, rows=drawn)
             found.memory = memory_of(footprint, machine, model, found.trained)
-    found.tokens = 2 * lengths.mean * lengths.pairs * settings.epochs * (not settings.from_)
+    found.tokens = lengths.tokens * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)
     rounds = -(-drawn // (256 * machine.processes)) * way.max_tokens
@@ -113,8 +115,9 @@ def plan(context: Context) -> StagePlan:
     else:
         wanted = max(1, round(settings.epochs * lengths.pairs))
         about = "" if lengths.exactly else "about "
+        most = " at most, each response read once with all that it is compared with" if settings.collect else ""
         found.lines = [
-            f"{about}{lengths.pairs:,} comparisons, {settings.epochs:g} epochs = "
+            f"{about}{lengths.pairs:,} comparisons{most}, {settings.epochs:g} epochs = "
             f"{-(-wanted // settings.pairs_per_step):,} steps of {settings.pairs_per_step} pairs ({machine.processes} "
             f"processes x {steps} microbatches x {size}), {lengths.mean:,.0f} tokens a conversation on the average; "
             f"the largest microbatch is {lengths.largest.sequences} conversations of {lengths.largest.tokens:,} tokens"
@@ -143,11 +146,12 @@ def _lengths(
     way = reference_way(context.recipe)
     prompt = max(1, most - way.max_tokens)
     whole = Shape(2 * size, most, size)
-    unknown = Lengths(ROWS_READ, False, whole, whole, most, most, [prompt] * settings.normalisation_prompts)
+    every = 2.0 * most * ROWS_READ * settings.epochs
+    unknown = Lengths(ROWS_READ, False, whole, whole, most, every, most, [prompt] * settings.normalisation_prompts)
     if settings.collect:
         asked = settings.collect.prompts
         read_if_there(found, asked, "the prompts", lambda: read_first(context, "reward", asked, "prompts", "train"))
-        return unknown._replace(pairs=_collected(settings), exactly=True, mean=float(most))
+        return _collected(settings.collect, unknown, settings.epochs, size)
     if beginning.tokenizer is None:
         found.unchecked.append("the comparisons: the tokenizer isn't here yet; all are taken to be max_tokens long")
         return unknown
@@ -176,24 +180,31 @@ def _lengths(
     ]
     first = largest = whole
     exactly = share == 1.0
+    mean = sum(lengths) / len(lengths)
+    there = round(len(train) / (share or 1.0))
+    tokens = 2 * mean * there * settings.epochs
     if train and exactly:
         wanted = -(-max(1, round(settings.epochs * len(train))) // settings.pairs_per_step)
         order = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         shapes = [_shape([train[place] for place in batch]) for batch in batches]
+        tokens = sum(_distinct([train[place] for place in batch]) for batch in batches)
+        tokens = sum(_distinct([train[place] for place in batch]) for batch in batches)
         each = settings.pairs_per_step // size
         first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
     if share is None:
         found.unchecked.append(f"how many comparisons there are: {len(train):,} were read, and are taken to be all")
-    there = round(len(train) / (share or 1.0))
-    return Lengths(there, exactly, first, largest, sum(lengths) / len(lengths), max(lengths), prompts)
+    return Lengths(there, exactly, first, largest, mean, tokens, max(lengths), prompts)
 
 
-def _collected(settings: RewardSection) -> int:
-    """How many comparisons come of the responses that are drawn, at most."""
-    assert settings.collect is not None
-    each = settings.collect.responses_per_prompt
-    return settings.collect.train_prompts * each * (each - 1) // 2
+def _collected(collect: CollectSection, unknown: Lengths, epochs: float, size: int) -> Lengths:
+    """Of every two responses to a prompt, at most; all pairs of a prompt are read together, each response once."""
+    each = collect.responses_per_prompt
+    of_prompt = each * (each - 1) // 2
+    at_once = each * (1 + -(-size // of_prompt))  # a microbatch may begin and end within a prompt's pairs
+    shape = unknown.first._replace(sequences=min(unknown.first.sequences, at_once))
+    tokens, pairs = collect.train_prompts * each * unknown.mean * epochs, collect.train_prompts * of_prompt
+    return unknown._replace(pairs=pairs, exactly=True, first=shape, largest=shape, tokens=tokens)
 
 
 def _pairs(
@@ -215,6 +226,11 @@ def _pairs(
 def largest_of(shapes: list[Shape]) -> Shape:
     """The one with most tokens."""
     return max(shapes, key=lambda shape: shape.sequences * shape.tokens)
+
+
+def _distinct(pairs: Sequence[Pair]) -> int:
+    """Tokens of the conversations in these pairs, each counted once."""
+    return sum(map(len, {ids.tobytes(): ids for pair in pairs for ids in (pair.chosen, pair.rejected)}.values()))
 
 
 def _shape(pairs: Sequence[Pair]) -> Shape:

@@ -15,7 +15,7 @@ from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
 from rlhf.tokenizer import begin_id, encode_prompt
-from stages.common import check_room, training_order
+from stages.common import check_context, fitting, training_order
 from stages.lora import add_adapters
 from stages.packing import PackingCollator
 from stages.plan import passes
@@ -62,7 +62,7 @@ def plan(context: Context) -> StagePlan:
     assert settings is not None
     found = StagePlan("sft")
     beginning = context.beginning("sft")
-    check_room(beginning.context, "sft.max_tokens", settings.max_tokens)
+    check_context(beginning.context, "sft.max_tokens", settings.max_tokens)
     size, steps = microbatches(recipe, "sft", machine.processes)
     lengths = _lengths(context, settings, beginning, size, found)
     with passes.on(machine) as footprint:
@@ -125,7 +125,9 @@ def _lengths(context: Context, settings: SftSection, beginning: Beginning, size:
     first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))
     if len(train.chats) >= ROWS_READ:
         largest = unknown.largest
-    prompts = [len(encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
+    asked = [len(encode_prompt(tokenizer, prompt)) for prompt in validation.asked]
+    room = beginning.context, settings.sampling.max_tokens
+    prompts = fitting(asked, lambda tokens: tokens, *room, "sft.sampling")
     return Lengths(
         first,
         largest,

@@ -18,7 +18,7 @@ from rlhf.quantisation import quantisation
 from rlhf.recipe import PpoSection, Recipe
 from rlhf.rundir import RunDir
 from rlhf.runtime import derive_seed, log
-from stages.common import Start, context_of
+from stages.common import Start, check_chats, context_of
 from stages.judges import build_critic, build_judge
 from stages.lora import SCORE_HEAD, add_adapter, target_names, using_adapter
 from stages.ppo.roles import (
@@ -43,7 +43,7 @@ def build_roles(
     settings = recipe.ppo
     assert settings is not None
     check_layout(settings)
-    check_pad(start.name, tokenizer)
+    check_chats(start.name, tokenizer, apart=True)
     quantised = quantisation(recipe, "ppo")
     policy = start.causal_lm(quantised)
     if not quantised:
@@ -76,13 +76,6 @@ def check_layout(settings: PpoSection) -> None:
     """Raises RecipeError where the critic can't start from what the recipe says in any case."""
     if settings.layout == "shared" and settings.critic_from == "reward":
         raise RecipeError("ppo.critic_from: in layout shared the critic is a value head on the policy's trunk")
-
-
-def check_pad(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where padding can't be told from a response's end."""
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if pad is None or pad == end:
-        raise UserError(f"{name}: pad and end token must be different tokens (pad {pad}, end {end})")
 
 
 def _adapters(

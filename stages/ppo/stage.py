@@ -14,7 +14,7 @@ from rlhf.rundir import read_json, write_json
 from rlhf.runtime import Bar, derive_seed, log, make_accelerator
 from rlhf.saver import Saver
 from rlhf.sharding import WholeModels, sharded_models
-from stages.common import check_context, packed_texts, starting_model
+from stages.common import check_context, context_of, packed_texts, starting_model
 from stages.ppo.doctor import SMALLER_STEPS_HELP, Doctor, Finding
 from stages.ppo.episodes import Episode, Prompt, Vocabulary, read_prompts
 from stages.ppo.keep import Keeper, Point
@@ -97,7 +97,7 @@ class Stage:
         ptx = self.settings.ptx
         if ptx is None:
             return None
-        check_context(self.roles.actors.policy, "ppo.ptx.sequence_length", ptx.sequence_length)
+        check_context(context_of(self.roles.actors.policy), "ppo.ptx.sequence_length", ptx.sequence_length)
         seed = derive_seed(self.job.recipe.seed, "ppo", "texts")
         packed = packed_texts(self.job, ptx.train, self.vocabulary.tokenizer, ptx.sequence_length, seed)
         rows = ptx.tokens_per_minibatch // ptx.sequence_length

@@ -104,7 +104,7 @@ def _beginning(job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     start = named_model(recipe, recipe.base)
     model, tokenizer = start.causal_lm(), start.tokenizer()
     check_vocabulary(model, tokenizer, recipe.base)
-    check_context(model, "pretrain.sequence_length", recipe.pretrain.sequence_length)
+    check_context(context_of(model), "pretrain.sequence_length", recipe.pretrain.sequence_length)
     return model, tokenizer
 
 

@@ -17,7 +17,7 @@ from rlhf.recipe import RewardSection, TooLong
 from rlhf.runtime import derive_seed, device, log
 from rlhf.templates import Messages
 from rlhf.tokenizer import PAD, encode_chat, encode_prompt, prepare_for_chat
-from stages.common import Start, context_of, named_model
+from stages.common import Start, check_chats, context_of, named_model
 
 Ids = np.ndarray  # int32: a list of ids takes ten times the memory
 
@@ -35,15 +35,8 @@ class Judge(NamedTuple):
 def chat_tokenizer(reference: Start) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that the stage stands on. Raises UserError where that is no chat model."""
     tokenizer = reference.tokenizer()
-    check_chat(reference.name, tokenizer)
+    check_chats(reference.name, tokenizer)
     return tokenizer
-
-
-def check_chat(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The same, of a tokenizer that has been loaded."""
-    if not tokenizer.chat_template or tokenizer.pad_token_id is None:
-        lacks = "pad token" if tokenizer.chat_template else "chat template"
-        raise UserError(f"{name} has no {lacks}; run the stage sft first, or name a chat model as base")
 
 
 def open_judge(
