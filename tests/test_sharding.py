@@ -76,8 +76,9 @@ SCRIPT = """
 import copy, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from rlhf.pieces import ABSENT, is_absent, put, weights_of, whole
 from rlhf.runtime import Sharding
-from rlhf.sharding import ABSENT, ShardedModels, gathered, is_absent, pieces, put, weights_of, whole
+from rlhf.sharding import ShardedModels, gathered
 from rlhf.team import join_team
 from rlhf.worker import leave
 
