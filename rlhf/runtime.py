@@ -126,8 +126,8 @@ def check_deepspeed() -> None:
     """Raises UserError where DeepSpeed isn't installed; imports nothing."""
     if find_spec("deepspeed") is None:
         raise UserError(
-            "ZeRO-3 needs the package deepspeed, which is not installed: DS_BUILD_OPS=0 pip install deepspeed (or "
-            "rlhf[deepspeed]); fsdp2 and fsdp2-cpu shard as it does, and need nothing"
+            "ZeRO-3 needs the package deepspeed, which is not installed; it comes with pip install 'rlhf[deepspeed]' "
+            "(from a checkout: pip install -e '.[deepspeed]'), and fsdp2 and fsdp2-cpu do without"
         )
 
 

@@ -264,7 +264,8 @@ def test_variants(chain: Path, tmp_path: Path, name: str) -> None:
     assert apart(*(tmp_path / how / "runs/tiny" / stage for how in ("whole", "pieces"))) < CLOSE
 
 
-GOES_ON = [(SHARDED, SHARDED), (SHARDED, ()), (SHARDED, WHOLE), ((), SHARDED)]
+Ways = list[tuple[tuple[str, ...], tuple[str, ...]]]  # how a stage was begun, and how it goes on
+GOES_ON: Ways = [(SHARDED, SHARDED), (SHARDED, ()), (SHARDED, WHOLE), ((), SHARDED)]
 STEPS = {"pretrain": 7, "sft": 20, "reward": 5, "ppo": 1}
 
 
@@ -296,7 +297,7 @@ def test_interrupted_it_ends_with_the_same_bits_even_with_dropout(chain: Path, t
     assert differences(whole, work) == []
 
 
-def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
+def killed(chain: Path, home: Path, stage: str, *overrides: str, ways: Ways = GOES_ON) -> None:
     work, ends = home / "runs/tiny" / stage, []
     shutil.copytree(chain / "runs", home / "runs")
     command = (
@@ -308,7 +309,7 @@ def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
         "ppo.keep.rule=last",
         *overrides,
     )
-    for number, (began, then) in enumerate(GOES_ON):
+    for number, (began, then) in enumerate(ways):
         shutil.rmtree(work, ignore_errors=True)
         process = start(*command, *began, cwd=home)
         until(lambda: len(sealed(work)) >= STEPS[stage], process)
