@@ -330,7 +330,7 @@ def check_same(team: Team, model: nn.Module) -> None:
 def twin_of(model: Any) -> Any:
     """A model's modules once more, with the same weights. Raises UserError where these can't lie in pieces."""
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
-        raise UserError("a base in 4 bits (`lora.quantised`) can't lie in pieces: leave that out, or what shards")
+        raise UserError("a base in 4 bits (`lora.quantised`) can't lie in pieces: leave that out, or the sharding")
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 

@@ -345,4 +345,4 @@ def test_a_spike_is_rolled_back_in_pieces(chain: Path, tmp_path: Path) -> None:
 def test_what_is_not_done_in_pieces_is_refused(chain: Path, tmp_path: Path) -> None:
     shutil.copytree(chain / "runs", tmp_path / "runs")
     said = rlhf("run", "pretrain", *TINY, *SHARDED, "pretrain.compile=true", cwd=tmp_path, code=2)
-    assert "pretrain.compile: not where models are sharded (FSDP)" in said
+    assert "pretrain.compile: not where models are sharded (FSDP2, ZeRO-3)" in said
