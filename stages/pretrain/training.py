@@ -211,7 +211,7 @@ class Training:
             "place": self.place,
             "skipped": self.skipped,
             "model": weights_of(self.learner.model),
-            "optimizers": self.moving.state(),
+            "optimizers": list(self.moving.state().values()),
             "losses": self.losses,
             "summed": self.summed,
             "metrics": self.metrics.position(),
@@ -224,7 +224,8 @@ class Training:
         self.step, self.skipped = state["step"], state["skipped"]
         self.losses, self.summed = state["losses"], state["summed"]
         put(self.learner.model, state["model"])
-        self.moving.load(copy_tree(state["optimizers"]))  # an optimiser goes on with the very tensors that it is given
+        kept = copy_tree(state["optimizers"])  # an optimiser goes on with the very tensors that it is given
+        self.moving.load(dict(zip(self.moving.optimizers, kept, strict=True)))
         self.moving.forget()
 
     def _roll_back(self, cause: str) -> None:
