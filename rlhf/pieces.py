@@ -42,8 +42,23 @@ class Cut:
         distributed.all_gather(list(line.split(mine.numel())), mine.contiguous())
         return line[: math.prod(self.shape)].view(self.shape)
 
+    @property
+    def _in_rows(self) -> bool:
+        """Whether the pieces are a checkpoint's rows too."""
+        return self.shape[0] % self.size == 0
+
+    def rows(self, piece: Tensor | None = None) -> Piece:
+        """The parameter, or what else lies as it does, as a checkpoint holds it; all processes must come here."""
+        mine = self.piece.detach() if piece is None else piece
+        if self._in_rows:
+            return Piece(mine.view(-1, *self.shape[1:]), self.shape, self.rank, self.size)
+        rows = rows_of(self.shape[0], self.rank, self.size)
+        return Piece(self.whole(mine)[rows.start : rows.stop].clone(), self.shape, self.rank, self.size)
+
     def piece_of(self, value: Piece | Tensor) -> Tensor:
         """What this process holds of a tensor of the parameter's shape; all processes must come here."""
+        if isinstance(value, Piece) and self._in_rows:
+            return value.local.flatten().to(self.piece, copy=True)
         whole = _rows_together(value, self.piece.device) if isinstance(value, Piece) else value
         each = self.piece.numel()
         mine = whole.flatten()[self.rank * each : (self.rank + 1) * each].to(self.piece)
@@ -170,7 +185,7 @@ def pieces(tree: Any) -> Any:
     """A tree of state with a Piece in place of each tensor that lies in pieces; all processes must come here."""
     cut = cut_of(tree)
     if cut:
-        return _piece(cut, cut.whole())
+        return cut.rows()
     if isinstance(tree, DTensor):
         mesh = tree.device_mesh
         return Piece(tree.to_local().detach(), tuple(tree.shape), mesh.get_local_rank(), mesh.size())
@@ -179,11 +194,6 @@ def pieces(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(pieces(inner) for inner in tree)
     return tree
-
-
-def _piece(cut: Cut, whole: Tensor) -> Piece:
-    rows = rows_of(cut.shape[0], cut.rank, cut.size)
-    return Piece(whole[rows.start : rows.stop].clone(), cut.shape, cut.rank, cut.size)
 
 
 def _local(like: DTensor, value: Piece | Tensor) -> Tensor:
@@ -225,7 +235,7 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
 def _moment(parameter: Any, value: Any) -> Any:
     cut = cut_of(parameter)
     if cut and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return _piece(cut, cut.whole(value))
+        return cut.rows(value)
     return value
 
 
