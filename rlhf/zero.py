@@ -19,10 +19,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from rlhf.errors import UserError
 from rlhf.pieces import CUT, Cut, cut_of, parameters_of
 from rlhf.runtime import device
-from rlhf.sharding import Held, Moving, ShardedModel, ShardedModels, check_same, twin_of
+from rlhf.sharding import Held, Moving, ShardedModel, ShardedModels, check_same, layers_of, twin_of
 from rlhf.team import Team
 
-BUCKET = 2**24  # numbers of gradients that are reduced, and of weights that are fetched in advance, together
+BUCKET = 2**22  # numbers of gradients that cross the processes together
 
 
 def _deepspeed() -> Any:
@@ -57,9 +57,9 @@ class ZeroModels:
     def _engine(self, module: nn.Module) -> Any:
         """DeepSpeed's module that is called for passes; its own optimiser, which it must have, never steps."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        engine, *_ = _deepspeed().initialize(
-            model=module, optimizer=SGD(trained, lr=0.0), dist_init_required=False, config=_settings(self._bfloat16)
-        )
+        settings = _settings(module, self._bfloat16)
+        unused = SGD(trained, lr=0.0)
+        engine, *_ = _deepspeed().initialize(model=module, optimizer=unused, dist_init_required=False, config=settings)
         return engine
 
     def _cut(self, parameter: Any) -> Cut:
@@ -101,6 +101,14 @@ class ZeroModel(ShardedModel):
 
         return Moving(module, dict(optimizers), backward=backward, clip=self._clip, forget=_forget)
 
+    def settle(self) -> None:
+        """See Held. DeepSpeed keeps a list of the modules that it ever held, and so would keep their pieces."""
+        engine = self.called
+        super().settle()
+        engine.destroy()
+        held = _deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK
+        held[:] = [module for module in held if module is not engine.module]
+
     @torch.no_grad()
     def _clip(self, pieces: list[nn.Parameter], most: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ does, of gradients of which each process has pieces."""
@@ -112,8 +120,10 @@ class ZeroModel(ShardedModel):
         return norm
 
 
-def _settings(bfloat16: bool) -> dict[str, Any]:
+def _settings(module: nn.Module, bfloat16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes mean nothing here: gradients are added up until they are forgotten."""
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(module)]
+    layer = max(sizes, default=BUCKET)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -122,7 +132,8 @@ def _settings(bfloat16: bool) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 3,
             "reduce_bucket_size": BUCKET,
-            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": 2 * layer,  # one that computes, and one that is gathered in advance
             "stage3_max_reuse_distance": 0,  # a layer's weights are gathered again for its backward pass
             "stage3_param_persistence_threshold": 0,  # small ones are cut as well
         },
