@@ -56,7 +56,7 @@ class Choices(NamedTuple):
 def choose(recipe: Recipe, stage: StageName, attention: str, *, in_pieces: bool = False) -> Choices:
     """What the stage computes in, by recipe and device; says it. `attention` is what the loaded model has.
 
-    `in_pieces`: the processes hold the model in pieces (FSDP2).
+    `in_pieces`: the processes hold the model in pieces (FSDP2, ZeRO-3).
     Raises UserError where the recipe asks for what the device can't.
     """
     import torch
@@ -107,7 +107,7 @@ def _compiled(recipe: Recipe, stage: StageName, in_pieces: bool) -> tuple[bool, 
         return False, "rows have many lengths"
     if in_pieces:
         if recipe.pretrain.compile is True:
-            raise UserError("pretrain.compile: not where models are sharded (FSDP)")
+            raise UserError("pretrain.compile: not where models are sharded (FSDP2, ZeRO-3)")
         return False, "the model is sharded"
     if recipe.pretrain.compile != "auto":
         return recipe.pretrain.compile, "as asked"

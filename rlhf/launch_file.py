@@ -16,14 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rlhf.errors import RecipeError, UserError
 from rlhf.recipe import read_yaml
+from rlhf.runtime import check_deepspeed
 
 _STAGES_OWN = "the recipe says how the stages compute"
-_TWO_WAYS = "the stages train with DDP or FSDP2"
+_THREE_WAYS = "the stages train with DDP, FSDP2 or ZeRO-3"
 NOT_TAKEN = {  # Accelerate's keys that no stage follows, and why
     "fp8_config": f"{_STAGES_OWN} (precision)",
     "dynamo_config": f"{_STAGES_OWN} (pretrain.compile)",
-    "parallelism_config": _TWO_WAYS,
-    "megatron_lm_config": _TWO_WAYS,
+    "parallelism_config": _THREE_WAYS,
+    "megatron_lm_config": _THREE_WAYS,
     "mpirun_config": "processes are started by Accelerate, not by mpirun",
     **dict.fromkeys(("tpu_name", "tpu_zone", "tpu_vm", "command_file", "commands"), "no stage runs on TPUs"),
 }
@@ -72,23 +73,35 @@ FSDP_MUST_BE = {  # and of those that we do, what they must say
 
 
 class DeepSpeedConfig(_Part):
-    """`deepspeed_config`: how DeepSpeed shards."""
+    """`deepspeed_config`: how DeepSpeed shards. rlhf.zero asks it to, and not Accelerate."""
 
-    zero_stage: Literal[0, 1, 2, 3] | None = None
-    offload_optimizer_device: Literal["none", "cpu", "nvme"] | None = None
-    offload_param_device: Literal["none", "cpu", "nvme"] | None = None
-    offload_optimizer_nvme_path: str | None = None
-    offload_param_nvme_path: str | None = None
-    gradient_accumulation_steps: int | None = Field(None, ge=1)
-    gradient_clipping: float | None = Field(None, gt=0)
-    zero3_init_flag: bool = False
-    zero3_save_16bit_model: bool = False
-    deepspeed_config_file: str | None = None
-    deepspeed_hostfile: str | None = None
-    deepspeed_exclusion_filter: str | None = None
-    deepspeed_inclusion_filter: str | None = None
-    deepspeed_multinode_launcher: str | None = None
-    deepspeed_moe_layer_cls_names: str | None = None
+    zero_stage: Literal[3]
+    offload_optimizer_device: Literal["none"] = "none"
+    offload_param_device: Literal["none"] = "none"
+    zero3_init_flag: Literal[False] = False
+    zero3_save_16bit_model: bool = False  # whatever it says: model/ is plain
+    deepspeed_multinode_launcher: Literal["standard"] = "standard"
+
+
+DEEPSPEED_NOT_TAKEN = {  # Accelerate's keys of `deepspeed_config` that we don't follow, and why
+    "gradient_accumulation_steps": "the recipe's batch sizes are global, and microbatches follow from them",
+    "gradient_clipping": "the recipe says it (gradient_clipping of each stage)",
+    "deepspeed_config_file": "rlhf.zero tells DeepSpeed what it needs to know",
+    "deepspeed_moe_layer_cls_names": "every module is sharded",
+    **dict.fromkeys(("offload_optimizer_nvme_path", "offload_param_nvme_path"), "nothing is offloaded"),
+    **dict.fromkeys(
+        ("deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter"),
+        "every machine runs the same command with a launch file of its own (see machines-2)",
+    ),
+}
+_OFFLOAD = "pieces stay on their GPU; fsdp2 has fsdp_offload_params"
+DEEPSPEED_MUST_BE = {  # and of those that we do, what they must say
+    "zero_stage": ("3", "below it weights would be whole on every process"),
+    "offload_optimizer_device": ("none", _OFFLOAD),
+    "offload_param_device": ("none", _OFFLOAD),
+    "zero3_init_flag": ("false", "every process reads the weights"),
+    "deepspeed_multinode_launcher": ("standard", "Accelerate's launcher starts the processes"),
+}
 
 
 class LaunchConfig(_Part):
@@ -134,6 +147,8 @@ class LaunchConfig(_Part):
                 raise ValueError(f"{key} belongs to distributed_type: {kind}, and not to {self.distributed_type}")
         if self.distributed_type == "FSDP" and self.fsdp_config is None:
             raise ValueError("fsdp_config: missing; it says `fsdp_version: 2` at least")
+        if self.distributed_type == "DEEPSPEED" and self.deepspeed_config is None:
+            raise ValueError("deepspeed_config: missing; it says `zero_stage: 3` at least")
         return self
 
 
@@ -153,7 +168,7 @@ class LaunchFile(BaseModel):
 
     def __str__(self) -> str:
         config = self.config
-        how = "FSDP2" if config.distributed_type == "FSDP" else "DDP"
+        how = {"FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed ZeRO-3"}.get(config.distributed_type, "DDP")
         where = f"CPUs ({how} over gloo)" if config.use_cpu else f"GPUs ({how} over NCCL)"
         count = "one process" if self.here == 1 else f"{self.here} processes"
         told = f"{self.path.name}: {count} on this machine's {where}, started by Accelerate's launcher"
@@ -183,10 +198,7 @@ def open_launch_file(name_or_path: str, processes: int | None) -> LaunchFile:
     path = find_launch_file(name_or_path)
     config = read_launch_file(path)
     if config.distributed_type == "DEEPSPEED":
-        raise UserError(
-            f"{path}: distributed_type: DEEPSPEED: no stage runs under DeepSpeed; take fsdp2, which shards as its "
-            "ZeRO-3 does, or a file with distributed_type: FSDP"
-        )
+        check_deepspeed()
     asked = config.num_processes
     if asked and processes and asked != processes:
         raise UserError(f"--processes {processes} and {path} (num_processes: {asked}) disagree; leave one of them out")
@@ -235,7 +247,7 @@ def _explain(error: Any) -> str:
     place = [str(part) for part in error["loc"]]
     key, given = ".".join(place), error["input"]
     if error["type"] == "extra_forbidden":
-        why = NOT_TAKEN.get(key) or FSDP_NOT_TAKEN.get(place[-1])
+        why = NOT_TAKEN.get(key) or {**FSDP_NOT_TAKEN, **DEEPSPEED_NOT_TAKEN}.get(place[-1])
         if why:
             return f"{key}: can't be followed: {why}"
         parts: dict[str, type[BaseModel]] = {"fsdp_config": FsdpConfig, "deepspeed_config": DeepSpeedConfig}
@@ -246,8 +258,9 @@ def _explain(error: Any) -> str:
         return f"{key}: Accelerate's launcher starts one process for MULTI_CPU; write MULTI_GPU and use_cpu: true"
     if key == "distributed_type" and given in ("NO", False):
         return f"{key}: one process needs no launch file: leave --launch-config out"
-    if place[-1:] and place[-1] in FSDP_MUST_BE and error["type"] in ("literal_error", "missing"):
-        must, why = FSDP_MUST_BE[place[-1]]
+    musts = {**FSDP_MUST_BE, **DEEPSPEED_MUST_BE}
+    if place[-1:] and place[-1] in musts and error["type"] in ("literal_error", "missing"):
+        must, why = musts[place[-1]]
         return f"{key}: must be {must} ({why})"
     if key == "mixed_precision":
         why = "in quotes: a plain one is false" if given is False else f"{_STAGES_OWN}: precision: bfloat16"
@@ -267,7 +280,7 @@ def _fitting(path: Path, config: LaunchConfig, wanted: int | None) -> int:
     """The processes in all, one for each GPU. Raises UserError where this machine has too few."""
     found = _gpus(config)
     if found == 0:
-        instead = "fsdp2-cpu" if config.distributed_type == "FSDP" else "cpu-2"
+        instead = {"FSDP": "fsdp2-cpu", "DEEPSPEED": "zero3-cpu"}.get(config.distributed_type, "cpu-2")
         raise UserError(
             f"{path} starts processes on GPUs, and this machine has none that torch can use; take {instead}"
         )

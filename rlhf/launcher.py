@@ -103,10 +103,10 @@ def _environment(recipe: Recipe, file: LaunchFile) -> dict[str, str]:
     found = environment_of(recipe, file.here)
     if file.config.num_machines == 1:
         keep_to_this_machine(found)
-    if file.config.distributed_type == "FSDP":
+    if file.config.distributed_type != "MULTI_GPU":
         found |= {name: value for name, value in GIVING_BACK.items() if name not in os.environ}
     if file.config.use_cpu:  # Accelerate's launcher reads the key, and tells its processes nothing of it
-        found |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        found |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return found
 
 

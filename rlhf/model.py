@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import MissingInput, RecipeError, UserError
 from rlhf.functional.masked import widened
+from rlhf.pieces import shape_of
 from rlhf.quantisation import settle
 from rlhf.rundir import sync_folder, write_atomically
 from rlhf.tokenizer import token_info
@@ -443,8 +444,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(shape_of(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
 
 

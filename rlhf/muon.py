@@ -1,7 +1,7 @@
 """Muon: momentum whose update is orthogonalised, for the matrices inside a Transformer (Jordan et al. 2024).
 
 Departures from torch.optim.Muon: float32 on a CPU, where bfloat16 is slow, and matrices of one shape together, which
-takes about 0.6 of its time on a model of a million parameters. Of matrices that lie in pieces (rlhf.sharding) every
+takes about 0.6 of its time on a model of a million parameters. Of matrices that lie in rows (rlhf.pieces) every
 process works out the whole update and takes its own part of it. The scale of the update is Moonshot's (Liu et al. 2025,
 arXiv:2502.16982, equation 4): one learning rate then serves Muon and AdamW.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from rlhf.sharding import mine, whole
+from rlhf.pieces import mine, shape_of, whole
 
 MOMENTUM = 0.95
 STEPS = 5
@@ -70,14 +70,14 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 def muon_with_adamw(
     model: PreTrainedModel, lr: float, weight_decay: float, betas: tuple[float, float], epsilon: float
-) -> list[Optimizer]:
+) -> dict[str, Optimizer]:
     """Muon for the matrices of the layers; AdamW for embeddings, the output head and vectors, which don't decay."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
     outer = {id(p) for module in [*tables, *([head] if head is not None else [])] for p in module.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = [parameter for parameter in trained if parameter.dim() == 2 and id(parameter) not in outer]
+    inner = [parameter for parameter in trained if len(shape_of(parameter)) == 2 and id(parameter) not in outer]
     among = {id(parameter) for parameter in inner}
     others = [parameter for parameter in trained if id(parameter) not in among]
     adamw = AdamW(others, lr=lr, betas=betas, eps=epsilon, weight_decay=0.0, fused=True)
-    return [Muon(inner, lr, weight_decay), adamw] if inner else [adamw]
+    return {"muon": Muon(inner, lr, weight_decay), "adamw": adamw} if inner else {"adamw": adamw}

@@ -44,7 +44,12 @@ def leave_out_unless_needed(recipe: Recipe, stage: StageName) -> None:
     Libraries import it wherever they find it, which costs 2 seconds and 119 MiB. To be called before they are imported.
     """
     if quantised_adapters(recipe, stage) is None:
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # what import takes as: not there
+        leave_out("bitsandbytes")
+
+
+def leave_out(package: str) -> None:
+    """Has this process do as if a package were not installed."""
+    sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # what import takes as: not there
 
 
 def check_quantisation(recipe: Recipe, stage: StageName) -> None:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -66,18 +67,21 @@ def make_accelerator(precision: str = "auto") -> "Accelerator":
 
 
 class Sharding(NamedTuple):
-    """How a launcher wants models to be cut into pieces, one for each process (FSDP2)."""
+    """How a launcher wants models to be cut into pieces, one for each process."""
 
     reshard_after_forward: bool = True  # a layer's weights are gathered again for its backward pass
     offload: bool = False  # pieces lie in the host's memory
+    zero: bool = False  # DeepSpeed's ZeRO-3, where reshard_after_forward is true and offload false; else FSDP2
 
 
 def take_over_sharding() -> Sharding | None:
-    """What Accelerate's launcher has told this process of FSDP, which is not told to the libraries any more.
+    """What Accelerate's launcher has told this process of FSDP or DeepSpeed, which the libraries are not told any more.
 
     With it Accelerate would wrap models in its own way (on CPUs with DDP, without a word), and transformers would leave
     the weights of all ranks but the first empty. Raises UserError for what we don't do.
     """
+    if _take_over_deepspeed():
+        return Sharding(zero=True)
     told = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("FSDP_")}
     if not _is_on(os.environ.pop("ACCELERATE_USE_FSDP", "")):
         return None
@@ -95,13 +99,44 @@ def take_over_sharding() -> Sharding | None:
     )
 
 
+FOLLOWED_OF_DEEPSPEED = {  # what Accelerate's launcher may tell its ranks of DeepSpeed, and the values that we follow
+    "zero_stage": "3",
+    "offload_optimizer_device": "none",
+    "offload_param_device": "none",
+    "config_file": "none",
+    "moe_layer_cls_names": "none",
+}
+
+
+def _take_over_deepspeed() -> bool:
+    """Whether the launcher asks for ZeRO-3. Raises UserError where it asks for more, or for what isn't installed."""
+    ours = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_", "ACCELERATE_CONFIG_DS_")
+    told = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(ours)}
+    if not _is_on(os.environ.pop("ACCELERATE_USE_DEEPSPEED", "")):
+        return False
+    for key, must in FOLLOWED_OF_DEEPSPEED.items():
+        value = told.get(f"ACCELERATE_DEEPSPEED_{key.upper()}", must)
+        if value.lower() != must:
+            raise UserError(f"the launcher asks for DeepSpeed with {key}: {value}, and only {key}: {must} is followed")
+    check_deepspeed()
+    return True
+
+
+def check_deepspeed() -> None:
+    """Raises UserError where DeepSpeed isn't installed; imports nothing."""
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "ZeRO-3 needs the package deepspeed, which is not installed; it comes with pip install 'rlhf[deepspeed]' "
+            "(from a checkout: pip install -e '.[deepspeed]'), and fsdp2 and fsdp2-cpu do without"
+        )
+
+
 def _is_on(value: str) -> bool:
     return value.lower() in ("1", "true", "yes", "y", "t", "on")
 
 
 SHARDING = {  # what Accelerate's launcher sets for its ranks, and what it means
     "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
@@ -112,8 +147,8 @@ def refuse_sharding() -> None:
     for name, what in SHARDING.items():
         if _is_on(os.environ.get(name, "")):
             raise UserError(
-                f"the launcher asks for {what} ({name}), by which no stage shards models: take fsdp2, or a launch file "
-                "with distributed_type: FSDP and fsdp_version: 2"
+                f"the launcher asks for {what} ({name}), by which no stage shards models: take fsdp2 or zero3, or a "
+                "launch file with distributed_type: FSDP and fsdp_version: 2"
             )
 
 

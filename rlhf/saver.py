@@ -3,6 +3,7 @@
 All ranks decide together after every step, so that they save and stop at the same one.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ from rlhf.checkpoint import (
 )
 from rlhf.errors import Interrupted, StageFailed
 from rlhf.job import Job
+from rlhf.pieces import fingerprint, shape_of
 from rlhf.runtime import MetricsLog, log
-from rlhf.sharding import fingerprint
 
 
 class Saver:
@@ -139,7 +140,7 @@ class Saver:
         known = fingerprint(weights.parameters()) if self._team.size > 1 else 0.0
         self._team.check_same(f"the weights after step {step}", known)
         trained = (parameter for parameter in weights.parameters() if parameter.requires_grad)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        size = sum(math.prod(shape_of(parameter)) * parameter.element_size() for parameter in trained)
         folder = self._team.from_main(lambda: self._store.begin(step, expected=3 * size))  # Adam has two moments
         try:
             save_tree(random_state(), folder, f"random-{self._team.rank}")

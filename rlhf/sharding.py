@@ -1,44 +1,55 @@
-"""How a stage's models lie on its processes: whole on each of them, or cut into pieces (FSDP2).
+"""How a stage's models lie on its processes: whole on each of them, or cut into pieces (FSDP2, DeepSpeed's ZeRO-3).
 
 Where they are cut, a model that learns has a *twin*, which is what learns: the same modules, but each process holds a
 piece of every parameter, of its gradient and of the optimiser's state (Zhao et al. 2023, arXiv:2304.11277; torch's
-`fully_shard`). A layer's weights are gathered for its forward and its backward pass, so all processes must do equally
-many of them. The model itself has no weights meanwhile; they are gathered into it, on every process, where it is to
-draw, to be measured or to be saved. There it is a plain model, and processes may do different numbers of passes.
+`fully_shard`; or rlhf.zero). A layer's weights are gathered for its forward and its backward pass, so all processes
+must do equally many of them. The model itself has no weights meanwhile; they are gathered into it, on every process,
+where it is to draw, to be measured or to be saved. There it is a plain model, and processes may do different numbers of
+passes.
 
 A checkpoint holds pieces (rlhf.checkpoint.Piece), which another number of processes puts together anew.
 """
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from rlhf.checkpoint import Piece, rows_of
-from rlhf.errors import StageFailed, UserError
+from rlhf.errors import UserError
+from rlhf.pieces import (
+    ABSENT,
+    fingerprint,
+    in_pieces,
+    load_optimizer,
+    optimizer_state,
+    parameters_of,
+    whole,
+)
 from rlhf.runtime import Sharding, device, uses_bfloat16
 from rlhf.team import Team
-
-ABSENT = torch.device("meta")  # where the parameters of a model are whose weights lie in pieces
 
 
 class Held(Protocol):
     """A model as the processes hold it."""
 
     learner: Any  # the module that learns
+    called: Any  # what is called in its place for a pass of which gradients are taken
 
     def gathered(self) -> AbstractContextManager[None]:
         """Within, the model has its weights, on every process; all of them must come here. It is not to learn there."""
+
+    def moving(self, module: nn.Module, optimizers: Mapping[str, Optimizer]) -> "Moving":
+        """What takes gradients and steps. `module` is `called`, or a module that calls it."""
 
     def settle(self) -> None:
         """Gives the model its weights for good, when all learning is done."""
@@ -55,14 +66,70 @@ class Holding(Protocol):
     def resting(self, model: Any) -> Held:
         """One that never learns."""
 
-    def prepared(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[Any, list[Any]]:
-        """What is called for a pass of which gradients are taken, and optimisers; `module` is a learner or has it."""
-
-    def accumulating(self, module: Any) -> AbstractContextManager[None]:
-        """Within, gradients need not cross the processes yet: more passes come before the optimiser's step."""
-
     def computing(self) -> AbstractContextManager[None]:
         """Within, models that are gathered there compute as the learners do; elsewhere in their own dtype."""
+
+
+class Moving:
+    """A module that is called for passes, and the optimisers that move it, by name."""
+
+    def __init__(
+        self,
+        module: Any,
+        optimizers: dict[str, Any],
+        *,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+        clip: Callable[[list[Any], float], Any] = nn.utils.clip_grad_norm_,
+        accumulating: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+        forget: Callable[[Any], None] = lambda optimizer: optimizer.zero_grad(),
+    ) -> None:
+        """How a loss's gradient is added up, the gradients of parameters are clipped, and an optimiser's forgotten.
+
+        `accumulating`: given the module, within which gradients need not cross the processes yet.
+        """
+        self.module, self.optimizers = module, optimizers
+        self._backward, self._clip, self._accumulating, self._forget = backward, clip, accumulating, forget
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Within, gradients need not cross the processes yet: more passes come before the optimiser's step."""
+        return self._accumulating(self.module)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss, the mean over the processes, to what is there."""
+        self._backward(loss)
+
+    def clip(self, most: float, *names: str) -> float:
+        """Clips the gradients of these optimisers, all without a name, together; their norm before."""
+        parameters = [parameter for name in names or self.optimizers for parameter in self._parameters(name)]
+        return float(whole(self._clip(parameters, most)))
+
+    def _parameters(self, name: str) -> list[Any]:
+        return parameters_of(self.optimizers[name])
+
+    def set_rate(self, rate: float, *names: str) -> None:
+        """Gives these optimisers, all without a name, a learning rate."""
+        for name in names or self.optimizers:
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate
+
+    def step(self, *names: str) -> None:
+        """One step of these optimisers, all without a name; gradients stay until they are forgotten."""
+        for name in names or self.optimizers:
+            self.optimizers[name].step()
+
+    def forget(self) -> None:
+        """Forgets all gradients, after a step or instead of one."""
+        for optimizer in self.optimizers.values():
+            self._forget(optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """The optimisers' states by name; all processes must come here."""
+        return {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave, in any way of holding; all processes must come here."""
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, state[name])
 
 
 @contextmanager
@@ -74,23 +141,33 @@ def gathered(*held: Held) -> Iterator[None]:
         yield
 
 
-def is_absent(model: nn.Module) -> bool:
-    """Whether some of a model's weights are not there, since they lie in pieces."""
-    return any(parameter.device == ABSENT for parameter in model.parameters())
-
-
 # Whole
 
 
 class WholeModel:
     """A model that every process holds as it is."""
 
-    def __init__(self, model: Any) -> None:
-        self.learner = model
+    def __init__(self, model: Any, accelerator: Accelerator | None = None) -> None:
+        """`accelerator` is for what is to be moved by a stage itself, not by a trainer."""
+        self.learner = self.called = model
+        self._accelerator = accelerator
 
     def gathered(self) -> AbstractContextManager[None]:
         """See Held: nothing is to be done."""
         return nullcontext()
+
+    def moving(self, module: nn.Module, optimizers: Mapping[str, Optimizer]) -> Moving:
+        """See Held."""
+        accelerator = self._accelerator
+        assert accelerator is not None
+        found, *prepared = accelerator.prepare(module, *optimizers.values())
+        return Moving(
+            found,
+            dict(zip(optimizers, prepared, strict=True)),
+            backward=accelerator.backward,
+            clip=accelerator.clip_grad_norm_,
+            accumulating=accelerator.no_sync,
+        )
 
     def settle(self) -> None:
         """See Held: nothing is to be done."""
@@ -106,20 +183,11 @@ class WholeModels:
 
     def learning(self, model: Any) -> Held:
         """See Holding."""
-        return WholeModel(model)
+        return WholeModel(model, self._accelerator)
 
     def resting(self, model: Any) -> Held:
         """See Holding."""
         return WholeModel(model)
-
-    def prepared(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[Any, list[Any]]:
-        """See Holding."""
-        found, *prepared = self._accelerator.prepare(module, *optimizers)
-        return found, prepared
-
-    def accumulating(self, module: Any) -> AbstractContextManager[None]:
-        """See Holding."""
-        return self._accelerator.no_sync(module)
 
     def computing(self) -> AbstractContextManager[None]:
         """See Holding."""
@@ -133,13 +201,17 @@ class ShardedModel:
     """A model whose weights lie in pieces, each of which one process holds."""
 
     def __init__(
-        self, model: Any, learner: Any, pieces: dict[str, Any], dtype: Callable[[], torch.dtype | None]
+        self,
+        model: Any,
+        learner: Any,
+        pieces: dict[str, Any],
+        dtype: Callable[[], torch.dtype | None] = lambda: None,
+        called: Any = None,
     ) -> None:
-        """`pieces`: of each parameter, as a DTensor, by all names that it has in the model, which loses its weights.
-
-        `dtype` says what they are gathered in; None: their own.
+        """`pieces`: of each parameter, as a DTensor or a Cut, by all names that it has in the model, which loses its
+        weights. `dtype` says what they are gathered in; None: their own.
         """
-        self.learner, self._dtype = learner, dtype
+        self.learner, self.called, self._dtype = learner, called or learner, dtype
         self._places = [
             (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], piece)
             for name, piece in pieces.items()
@@ -160,20 +232,24 @@ class ShardedModel:
             if self._uses == 0:
                 self._leave()
 
+    def moving(self, module: nn.Module, optimizers: Mapping[str, Optimizer]) -> Moving:
+        """See Held. Each pass's gradients are cut at once, or their whole would have to be held."""
+        return Moving(module, dict(optimizers))
+
     def settle(self) -> None:
         """See Held. The weights have their own dtype again."""
         self._fill(None)
         self._uses = 1
-        self.learner = None
+        self.learner = self.called = None
 
     @torch.no_grad()
     def _fill(self, dtype: torch.dtype | None) -> None:
-        where, whole = device(), dict[int, nn.Parameter]()
+        where, filled = device(), dict[int, nn.Parameter]()
         for owner, name, piece in self._places:
-            if id(piece) not in whole:
-                tensor = piece.detach().full_tensor().to(where, dtype)
-                whole[id(piece)] = nn.Parameter(tensor, requires_grad=piece.requires_grad)
-            owner.register_parameter(name, whole[id(piece)])
+            if id(piece) not in filled:
+                tensor = whole(piece).detach().to(where, dtype)
+                filled[id(piece)] = nn.Parameter(tensor, requires_grad=piece.requires_grad)
+            owner.register_parameter(name, filled[id(piece)])
 
     def _leave(self) -> None:
         absent = dict[int, nn.Parameter]()
@@ -202,10 +278,8 @@ class ShardedModels:
 
         Raises UserError for a base in 4 bits.
         """
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise UserError("a base in 4 bits (`lora.quantised`) can't lie in pieces: leave that out, or FSDP")
-        self._check_same(model)
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        check_same(self._team, model)
+        twin = twin_of(model)
         for layer in layers_of(twin):
             self._shard(layer, self._sharding.reshard_after_forward)
         self._shard(twin, again=False)
@@ -225,26 +299,15 @@ class ShardedModels:
 
     def resting(self, model: Any) -> Held:
         """See Holding."""
-        self._check_same(model)
+        check_same(self._team, model)
         cut: dict[int, DTensor] = {}
         pieces = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.dim() and parameter.device != ABSENT:
                 if id(parameter) not in cut:
-                    cut[id(parameter)] = _in_pieces(parameter.detach(), self._mesh, *self.share)
+                    cut[id(parameter)] = in_pieces(parameter.detach(), self._mesh, *self.share)
                 pieces[name] = cut[id(parameter)]
         return ShardedModel(model, None, pieces, self._now)
-
-    def _check_same(self, model: nn.Module) -> None:
-        self._team.check_same("the weights before they are cut into pieces", fingerprint(model.parameters()))
-
-    def prepared(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[Any, list[Any]]:
-        """See Holding: nothing is to be done."""
-        return module, list(optimizers)
-
-    def accumulating(self, module: Any) -> AbstractContextManager[None]:
-        """See Holding. Each pass's gradients are cut at once, or their whole would have to be held."""
-        return nullcontext()
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -259,11 +322,29 @@ class ShardedModels:
         return self._gathering
 
 
-def sharded_models(team: Team, sharding: Sharding | None, precision: str) -> ShardedModels | None:
+def check_same(team: Team, model: nn.Module) -> None:
+    """Raises StageFailed where the processes' models, which are to be cut into pieces, differ."""
+    team.check_same("the weights before they are cut into pieces", fingerprint(model.parameters()))
+
+
+def twin_of(model: Any) -> Any:
+    """A model's modules once more, with the same weights. Raises UserError where these can't lie in pieces."""
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UserError("a base in 4 bits (`lora.quantised`) can't lie in pieces: leave that out, or the sharding")
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def sharded_models(team: Team, sharding: Sharding | None, precision: str) -> Holding | None:
     """The way to cut models into pieces, where a launcher has asked for it and there are several processes."""
     if sharding is None or team.size == 1:
         return None
-    return ShardedModels(team, sharding, bfloat16=uses_bfloat16(precision))
+    bfloat16 = uses_bfloat16(precision)
+    resting = ShardedModels(team, sharding, bfloat16=bfloat16 and not sharding.zero)
+    if not sharding.zero:
+        return resting
+    from rlhf.zero import ZeroModels
+
+    return ZeroModels(team, resting, bfloat16=bfloat16)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -271,121 +352,3 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     models = [each for each in module.modules() if isinstance(each, PreTrainedModel)]
     names = {name for model in models for name in model._no_split_modules or ()}
     return [each for each in module.modules() if type(each).__name__ in names]
-
-
-def _in_pieces(tensor: Tensor, mesh: DeviceMesh, rank: int, size: int) -> DTensor:
-    """This process's rows of a tensor that all processes have."""
-    rows = rows_of(tensor.shape[0], rank, size)
-    return _assembled(tensor[rows.start : rows.stop].clone(), tensor.shape, mesh)
-
-
-def _assembled(local: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> DTensor:
-    whole = torch.empty(tuple(shape), device=ABSENT)
-    found: DTensor = DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-    return found
-
-
-# States
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether some of a module's parameters lie in pieces."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def learned(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may lie in pieces, whole; all processes must come here."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def mine(tensor: Tensor) -> tuple[Tensor, slice]:
-    """What this process holds of a tensor, and which rows of the whole these are."""
-    if not isinstance(tensor, DTensor):
-        return tensor, slice(None)
-    rows = rows_of(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
-    return tensor.to_local(), slice(rows.start, rows.stop)
-
-
-def pieces(tree: Any) -> Any:
-    """A tree of state with a Piece in place of each tensor that lies in pieces."""
-    if isinstance(tree, DTensor):
-        mesh = tree.device_mesh
-        return Piece(tree.to_local().detach(), tuple(tree.shape), mesh.get_local_rank(), mesh.size())
-    if isinstance(tree, dict):
-        return {key: pieces(inner) for key, inner in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(pieces(inner) for inner in tree)
-    return tree
-
-
-def weights_of(module: nn.Module) -> dict[str, Any]:
-    """All weights of a module by name, as a checkpoint holds them."""
-    if not is_sharded(module):
-        return module.state_dict()
-    named = dict(module.named_parameters())  # tied ones once
-    kept = {name: value for name, value in module.state_dict().items() if not isinstance(value, DTensor)}
-    return pieces({**named, **kept})  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def put(module: nn.Module, values: dict[str, Any]) -> None:
-    """Gives a module the weights that `weights_of`, of a module that was held in any way, has given."""
-    targets = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    missing = {id(parameter) for parameter in module.parameters()} - {id(targets.get(name)) for name in values}
-    if missing or not set(values) <= set(targets):
-        raise StageFailed("the checkpoint has other weights than the model; remove it, and the stage begins again")
-    put_in({name: targets[name] for name in values}, values)
-
-
-@torch.no_grad()
-def put_in(targets: dict[str, Any], values: dict[str, Any]) -> None:
-    """Gives each of these tensors its value, a Piece or whole."""
-    for name, target in targets.items():
-        if isinstance(target, DTensor):
-            target.to_local().copy_(_local(target, values[name]))
-        else:
-            target.copy_(values[name])
-
-
-def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Gives an optimiser the state of one whose model was held in any way."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        number: {name: _like(parameters[number], value) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": moments})
-
-
-def _like(parameter: Tensor, value: Any) -> Any:
-    """What an optimiser keeps of a parameter, held as the parameter is."""
-    alike = isinstance(value, Piece) or (isinstance(value, Tensor) and value.shape == parameter.shape)
-    if not (isinstance(parameter, DTensor) and alike):
-        return value
-    local = _local(parameter, value).to(parameter.to_local().device, copy=True)
-    return _assembled(local, parameter.shape, parameter.device_mesh)
-
-
-def _local(like: DTensor, value: Piece | Tensor) -> Tensor:
-    return value.local if isinstance(value, Piece) else value[mine(like)[1]]
-
-
-def fingerprint(parameters: Iterable[nn.Parameter]) -> float:
-    """A number that differs where weights differ, for processes to compare; of pieces, which do differ, it has nothing.
-
-    It adds up in one order, so equal bits give equal numbers.
-    """
-    return float(
-        sum(
-            float(parameter.detach().double().sum()) * (1 + number % 97)
-            for number, parameter in enumerate(parameters)
-            if not isinstance(parameter, DTensor) and parameter.device != ABSENT
-        )
-    )

@@ -18,7 +18,7 @@ from rlhf.chain import Plan, check_inputs, check_upstream, finish_stage, prepare
 from rlhf.errors import Interrupted, RlhfError, StageFailed, UserError
 from rlhf.job import Job
 from rlhf.launch import SHARED, threads_of
-from rlhf.quantisation import leave_out_unless_needed
+from rlhf.quantisation import leave_out, leave_out_unless_needed
 from rlhf.recipe import Recipe, StageName, dump_recipe, load_recipe
 from rlhf.rundir import RunDir, no_room, write_atomically
 from rlhf.runtime import (
@@ -170,6 +170,8 @@ def run_rank(
 
 def _run_stage(job: Job) -> None:
     leave_out_unless_needed(job.recipe, job.stage)
+    if not (job.sharding and job.sharding.zero):
+        leave_out("deepspeed")  # Accelerate would import it wherever it finds it: 2 seconds, and some words
     module = importlib.import_module(f"stages.{job.stage}")
     job.meter.begin_work()
     with quiet_libraries():

@@ -26,20 +26,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rlhf.checkpoint import Checkpoint, copy_tree, load_tree, save_pieces, save_tree, set_random_state
 from rlhf.errors import StageFailed
 from rlhf.job import Job
+from rlhf.pieces import is_sharded, learned, load_optimizer, optimizer_state, pieces, put_in
 from rlhf.recipe import EarlyStoppingSection
 from rlhf.runtime import Bar, MetricsLog, derive_seed, log, uses_bfloat16
 from rlhf.saver import Saver
-from rlhf.sharding import (
-    Held,
-    WholeModel,
-    is_sharded,
-    learned,
-    load_optimizer,
-    pieces,
-    put_in,
-    sharded_models,
-    whole,
-)
+from rlhf.sharding import Held, Moving, WholeModel, sharded_models
 
 
 def trainer_arguments(
@@ -246,6 +237,19 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
     own.
     """
 
+    held: Held  # what its model is of
+    _moving: Moving | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's, which moves the pieces."""
+        found: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_sharded(self.model) and self._moving is None:
+            self._moving = self.held.moving(self.held.called, {"adamw": found})
+        return found
+
+    def _wrap_model(self, model: nn.Module, *more: Any, **others: Any) -> nn.Module:
+        return self.held.called if is_sharded(self.model) else super()._wrap_model(model, *more, **others)
+
     def _share(self) -> tuple[int, int]:
         return (self.args.process_index, self.args.world_size) if is_sharded(self.model) else (0, 1)
 
@@ -254,7 +258,9 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
             super()._move_model_to_device(model, device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return whole(super()._clip_grad_norm(model))
+        if self._moving is None:
+            return super()._clip_grad_norm(model)
+        return torch.tensor(self._moving.clip(self.args.max_grad_norm))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not is_sharded(self.model):
@@ -264,7 +270,7 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
         folder.mkdir(exist_ok=True)
         trees = {
             "weights": pieces(learned(self.model)),
-            "optimizer": pieces(self.optimizer.state_dict()),
+            "optimizer": optimizer_state(self.optimizer),
             "scheduler": self.lr_scheduler.state_dict(),
         }
         for name, tree in trees.items():
@@ -281,7 +287,7 @@ class PiecesTrainer(Trainer):  # type: ignore[misc]  # transformers' classes hav
             put_in(learned(self.model), load_tree(folder, "weights", self._share()))
         elif is_sharded(self.model) and files:
             adapted = isinstance(self.model, PeftModel)
-            known = get_peft_model_state_dict(self.model) if adapted else self.model.state_dict()
+            known = get_peft_model_state_dict(self.model) if adapted else dict(self.model.named_parameters())
             for file in files:
                 weights = load_file(file)
                 put_in({name: known[name] for name in weights}, weights)
@@ -316,7 +322,7 @@ def _is_ours(checkpoint: Path) -> bool:
 
 
 def run_trainer(
-    trainer: Trainer,
+    trainer: PiecesTrainer,
     model: nn.Module,
     held: Held,
     job: Job,
@@ -337,6 +343,7 @@ def run_trainer(
     if found and validator:
         validator.load(found.path, (job.team.rank, job.team.size) if is_sharded(held.learner) else (0, 1))
     loop = TrainerLoop(job.stage, steps, saver, metrics, figures, log_every, validator, progress, found)
+    trainer.held = held
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(loop)
     with saver.training(), loop.writing:

@@ -15,6 +15,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from rlhf import launch_file
 from rlhf.errors import RecipeError, UserError
 from rlhf.launch_file import (
+    DEEPSPEED_NOT_TAKEN,
     FSDP_NOT_TAKEN,
     NOT_TAKEN,
     DeepSpeedConfig,
@@ -37,7 +38,7 @@ def as_accelerate_reads(path: Path) -> Namespace:
 
 
 def test_the_launch_files_that_ship() -> None:
-    assert set(SHIPPED) == {"cpu-2", "gpus", "fsdp2", "fsdp2-cpu", "zero3", "machines-2"}
+    assert set(SHIPPED) == {"cpu-2", "gpus", "fsdp2", "fsdp2-cpu", "zero3", "zero3-cpu", "machines-2"}
     for path in SHIPPED.values():
         text = path.read_text()
         assert text.startswith("# ")
@@ -75,10 +76,11 @@ def test_accelerate_shards_as_fsdp2_says(name: str, monkeypatch: pytest.MonkeyPa
     assert plugin.reshard_after_forward is True
 
 
-def test_accelerate_shards_as_zero3_says() -> None:
-    read = as_accelerate_reads(SHIPPED["zero3"])
-    assert read.use_deepspeed and not (read.multi_gpu or read.use_fsdp)
-    assert (read.zero_stage, read.offload_param_device, read.zero3_save_16bit_model) == (3, "none", True)
+@pytest.mark.parametrize("name", ["zero3", "zero3-cpu"])
+def test_accelerate_shards_as_zero3_says(name: str) -> None:
+    read = as_accelerate_reads(SHIPPED[name])
+    assert read.use_deepspeed and not (read.multi_gpu or read.use_fsdp or read.cpu)
+    assert (read.zero_stage, read.offload_param_device, read.zero3_init_flag) == (3, "none", False)
 
 
 def test_our_keys_are_accelerates() -> None:
@@ -86,7 +88,7 @@ def test_our_keys_are_accelerates() -> None:
     assert set(LaunchConfig.model_fields) | set(NOT_TAKEN) == set(ClusterConfig.__dataclass_fields__)
     known = set(vars(launch_command_parser().parse_args(["train.py"])))
     assert set(FsdpConfig.model_fields) | set(FSDP_NOT_TAKEN) <= known
-    assert set(DeepSpeedConfig.model_fields) <= known
+    assert set(DeepSpeedConfig.model_fields) | set(DEEPSPEED_NOT_TAKEN) <= known
 
 
 def test_a_file_that_accelerate_config_has_written_is_taken(tmp_path: Path) -> None:
@@ -120,6 +122,10 @@ MACHINES = {**GOOD, "num_machines": 2, "main_process_ip": "127.0.0.1", "main_pro
 
 def sharded(**values: Any) -> dict[str, Any]:
     return {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, **values}}
+
+
+def zero(**values: Any) -> dict[str, Any]:
+    return {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, **values}}
 
 
 @pytest.mark.parametrize(
@@ -162,9 +168,14 @@ def sharded(**values: Any) -> dict[str, Any]:
         (sharded(fsdp_state_dict_type="FULL_STATE_DICT"), "fsdp_state_dict_type: must be SHARDED_STATE_DICT"),
         (sharded(fsdp_auto_wrap_policy="NO_WRAP"), "fsdp_auto_wrap_policy: must be TRANSFORMER_BASED_WRAP"),
         (
-            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 4}},
-            "deepspeed_config.zero_stage: input should be 0, 1, 2 or 3",
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+            r"deepspeed_config.zero_stage: must be 3 \(below it weights would be whole",
         ),
+        ({"distributed_type": "DEEPSPEED"}, "deepspeed_config: missing; it says `zero_stage: 3` at least"),
+        (zero(offload_param_device="cpu"), r"offload_param_device: must be none \(pieces stay on their GPU; fsdp2"),
+        (zero(gradient_clipping=1.0), "gradient_clipping: can't be followed: the recipe says it"),
+        (zero(deepspeed_config_file="a.json"), "deepspeed_config_file: can't be followed: rlhf.zero tells DeepSpeed"),
+        (zero(zero3_init_flag=True), r"zero3_init_flag: must be false \(every process reads the weights\)"),
     ],
 )
 def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, values: dict[str, Any], says: str) -> None:
@@ -206,11 +217,13 @@ def test_processes_and_file_agree_or_are_refused(tmp_path: Path, monkeypatch: py
     ("arguments", "says"),
     [
         (["--launch-config", "cpu2"], "did you mean cpu-2?"),
-        (["--launch-config", "nowhere"], "shipped ones are: cpu-2, fsdp2-cpu, fsdp2, gpus, machines-2, zero3"),
+        (
+            ["--launch-config", "nowhere"],
+            "shipped ones are: cpu-2, fsdp2-cpu, fsdp2, gpus, machines-2, zero3-cpu, zero3",
+        ),
         (["--launch-config", "README.md"], "reads .yaml and .json files"),
         (["--launch-config", "cpu-2", "--processes", "3"], "disagree"),
         (["--launch-config", "fsdp2"], "this machine has none that torch can use; take fsdp2-cpu"),
-        (["--launch-config", "zero3"], "distributed_type: DEEPSPEED: no stage runs under DeepSpeed; take fsdp2"),
     ],
 )
 def test_the_command_line_refuses(tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -242,7 +255,7 @@ def accelerates_source() -> str:
 def test_sharding_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name in accelerates_source()
     monkeypatch.setenv(name, "true")
-    with pytest.raises(UserError, match=rf"\({name}\), by which no stage shards models: take fsdp2"):
+    with pytest.raises(UserError, match=rf"\({name}\), by which no stage shards models: take fsdp2 or zero3"):
         make_accelerator()
     monkeypatch.setenv(name, "false")
     make_accelerator()

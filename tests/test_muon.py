@@ -66,7 +66,7 @@ def test_as_torchs_own_muon_but_for_its_precision() -> None:
 def test_who_gets_which_optimiser(tiny_model: PreTrainedModel) -> None:
     """Every parameter exactly one; embeddings, head and vectors AdamW's, which don't decay."""
     model = copy.deepcopy(tiny_model)
-    muon, adamw = muon_with_adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
+    muon, adamw = muon_with_adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8).values()
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     first, second = (
         [named[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)

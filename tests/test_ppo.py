@@ -365,7 +365,7 @@ def test_every_minibatch_is_an_optimiser_step_whatever_the_microbatch() -> None:
     for microbatch in (1, 3):
         learner = make_learner(section, Budget(10**6, microbatch))
         steps: list[int] = []
-        optimizer = learner._passes[0].optimizers["policy"]
+        optimizer = learner._passes[0].moving.optimizers["policy"]
         optimizer.step = lambda steps=steps, step=optimizer.step: (steps.append(1), step())
         trajectory = evaluated(learner, drawn(learner), [1.0] * 6)
         learner._optimise(trajectory, 0)
@@ -388,7 +388,7 @@ def test_gradients_are_clipped() -> None:
     section = settings(gradient_clipping=1e-3, minibatches=1)
     learner = make_learner(section)
     norms = []
-    optimizer = learner._passes[0].optimizers["policy"]
+    optimizer = learner._passes[0].moving.optimizers["policy"]
     step = optimizer.step
 
     def watched() -> None:
@@ -472,7 +472,8 @@ def test_learning_rates_fall_linearly_and_the_critic_learns_faster() -> None:
         rates = []
         for number in range(4):
             learner._set_rates(number, 0.5)
-            rates.append([learner._optimizers[who].param_groups[0]["lr"] for who in ("policy", "critic")])
+            moved = {who: part.moving.optimizers[who] for part in learner._passes for who in part.who}
+            rates.append([moved[who].param_groups[0]["lr"] for who in ("policy", "critic")])
         found.append(rates)
     assert found[0] == [[pytest.approx(5e-3 * s), pytest.approx(2.5e-2 * s)] for s in (1, 0.75, 0.5, 0.25)]
     assert found[1] == [[5e-3, 1.5e-2]] * 4

@@ -26,7 +26,7 @@ from rlhf.functional.spikes import RECENT, usual_loss
 from rlhf.model import build_causal_lm, causal_lm_config, checkpoint_layers, count_parameters, decay_groups
 from rlhf.recipe import PretrainSection, Recipe, SpikesSection, dump_recipe, parse_recipe, result_fields
 from rlhf.runtime import uses_bfloat16
-from rlhf.sharding import WholeModels
+from rlhf.sharding import Moving
 from rlhf.team import Team
 from stages.pretrain import loss as loss_module
 from stages.pretrain.loss import TokenLoss, positions_in_documents
@@ -42,14 +42,6 @@ class OneProcess:
     """An Accelerator's face for one process."""
 
     device = torch.device("cpu")
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def no_sync(self, _: Any) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext()
 
 
 def make_model(architecture: str, sliding: bool = False, tied: bool = True) -> PreTrainedModel:
@@ -209,8 +201,8 @@ def bare_training(model: PreTrainedModel, rows: PackedTokens, microbatch: int, b
     """A training without the stage around it."""
     training = object.__new__(Training)
     training.rows, training.microbatch, training.begin = rows, microbatch, begin
-    training.loss, training.accelerator = TokenLoss(model, z), OneProcess()  # type: ignore[assignment]
-    training.holding = WholeModels(training.accelerator)
+    training.accelerator = OneProcess()  # type: ignore[assignment]
+    training.moving = Moving(TokenLoss(model, z), {})
     training._waited = 0.0
     return training
 

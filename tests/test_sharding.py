@@ -76,8 +76,9 @@ SCRIPT = """
 import copy, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from rlhf.pieces import ABSENT, is_absent, put, weights_of, whole
 from rlhf.runtime import Sharding
-from rlhf.sharding import ABSENT, ShardedModels, gathered, is_absent, pieces, put, weights_of, whole
+from rlhf.sharding import ShardedModels, gathered
 from rlhf.team import join_team
 from rlhf.worker import leave
 
@@ -269,7 +270,8 @@ def test_variants(chain: Path, tmp_path: Path, name: str) -> None:
     assert apart(*(tmp_path / how / "runs/tiny" / stage for how in ("whole", "pieces"))) < CLOSE
 
 
-GOES_ON = [(SHARDED, SHARDED), (SHARDED, ()), (SHARDED, WHOLE), ((), SHARDED)]
+Ways = list[tuple[tuple[str, ...], tuple[str, ...]]]  # how a stage was begun, and how it goes on
+GOES_ON: Ways = [(SHARDED, SHARDED), (SHARDED, ()), (SHARDED, WHOLE), ((), SHARDED)]
 STEPS = {"pretrain": 7, "sft": 20, "reward": 5, "ppo": 1}
 
 
@@ -301,7 +303,7 @@ def test_interrupted_it_ends_with_the_same_bits_even_with_dropout(chain: Path, t
     assert differences(whole, work) == []
 
 
-def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
+def killed(chain: Path, home: Path, stage: str, *overrides: str, ways: Ways = GOES_ON) -> None:
     work, ends = home / "runs/tiny" / stage, []
     shutil.copytree(chain / "runs", home / "runs")
     command = (
@@ -313,7 +315,7 @@ def killed(chain: Path, home: Path, stage: str, *overrides: str) -> None:
         "ppo.keep.rule=last",
         *overrides,
     )
-    for number, (began, then) in enumerate(GOES_ON):
+    for number, (began, then) in enumerate(ways):
         shutil.rmtree(work, ignore_errors=True)
         process = start(*command, *began, cwd=home)
         until(lambda: len(sealed(work)) >= STEPS[stage], process)
@@ -349,4 +351,4 @@ def test_a_spike_is_rolled_back_in_pieces(chain: Path, tmp_path: Path) -> None:
 def test_what_is_not_done_in_pieces_is_refused(chain: Path, tmp_path: Path) -> None:
     shutil.copytree(chain / "runs", tmp_path / "runs")
     said = rlhf("run", "pretrain", *TINY, *SHARDED, "pretrain.compile=true", cwd=tmp_path, code=2)
-    assert "pretrain.compile: not where models are sharded (FSDP)" in said
+    assert "pretrain.compile: not where models are sharded (FSDP2, ZeRO-3)" in said

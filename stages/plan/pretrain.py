@@ -42,7 +42,7 @@ def plan(context: Context) -> StagePlan:
         size = mine if settings.microbatch_size else rows_fitting(model, settings, mine, memory)
         found.parameters = found.trained = count_parameters(model)
         found.work = Work(flops_per_token(model, settings.sequence_length) * schedule.tokens)
-        optimizers = optimizers_of(model, settings)
+        optimizers = list(optimizers_of(model, settings).values())
         moments = sum(
             (1 if isinstance(optimizer, Muon) else ADAM) * parameter.numel()
             for optimizer in optimizers

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf.pieces import put_in, whole
 from rlhf.recipe import PpoSection
-from rlhf.sharding import put_in, whole
 from stages.ppo.measure import Measured
 from stages.ppo.roles import Actors
 
@@ -111,7 +111,7 @@ class Keeper:
         """The policy's trained weights by name, each once."""
         wanted = {id(parameter) for parameter in self._actors.policy_parameters()}
         return {
-            name: whole(parameter.detach()).cpu().contiguous()
+            name: whole(parameter).detach().cpu().contiguous()
             for name, parameter in self._actors.named_parameters()
             if id(parameter) in wanted
         }

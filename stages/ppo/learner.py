@@ -15,9 +15,10 @@ from rlhf.functional import ppo as maths
 from rlhf.functional.intervals import mean_estimate
 from rlhf.functional.masked import masked_mean, masked_moments, mean_and_variance, whiten
 from rlhf.judge import mean_figures
+from rlhf.pieces import learned, pieces, put_in
 from rlhf.rollout import Response
 from rlhf.runtime import derive_seed
-from rlhf.sharding import learned, load_optimizer, pieces, put_in, whole
+from rlhf.sharding import Moving
 from stages.ppo.episodes import Episode, Prompt, Trajectory, microbatches_of, pack_episodes
 from stages.ppo.roles import Actors, Outputs, Pass, Who
 from stages.ppo.rollout import Rollout, Setup, shaped
@@ -31,16 +32,10 @@ Texts = Callable[[int], Tensor]  # the rows of pretraining text, ids [n, L + 1],
 
 
 class Learning(NamedTuple):
-    """A pass with what moves its parameters."""
+    """A pass with what moves its parameters: an optimiser for each of those whom it is of."""
 
-    model: Any  # the Pass, as Accelerate has prepared it
-    parameters: dict[Who, list[nn.Parameter]]
-    optimizers: dict[Who, Any]
-
-    def forget_gradients(self) -> None:
-        """Frees them."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+    who: tuple[Who, ...]
+    moving: Moving
 
 
 class Learner:
@@ -66,32 +61,24 @@ class Learner:
         self._value_coefficient = s.value_coefficient
         if s.value_coefficient is None:
             self._value_coefficient = ON_A_SHARED_TRUNK if s.layout == "shared" else VALUE_COEFFICIENT
-        self._passes = [self._prepared(each) for each in self._actors.passes()]
+        self._passes = [self._prepared(each) for each in self._actors.passes(setup.held.actors.called)]
         self.kl_coefficient = setup.settings.kl.coefficient
         self._scores = maths.RunningMoments()
 
     def _prepared(self, part: Pass) -> Learning:
-        parameters = {who: list(part.trained[who].parameters()) for who in part.who}
-        optimizers = [
-            torch.optim.AdamW(
-                parameters[who], lr=self._rates[who], betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=0.0, fused=True
-            )
-            for who in part.who
-        ]
-        model, prepared = self._setup.holding.prepared(part, optimizers)
-        return Learning(model, parameters, dict(zip(part.who, prepared, strict=True)))
-
-    @property
-    def _optimizers(self) -> dict[Who, Any]:
-        return {who: optimizer for part in self._passes for who, optimizer in part.optimizers.items()}
+        how: dict[str, Any] = {"betas": ADAM_BETAS, "eps": ADAM_EPSILON, "weight_decay": 0.0, "fused": True}
+        optimizers = {
+            str(who): torch.optim.AdamW(part.trained[who].parameters(), lr=self._rates[who], **how) for who in part.who
+        }
+        return Learning(part.who, self._setup.held.actors.moving(part, optimizers))
 
     # State
 
     def state(self) -> dict[str, Any]:
         """What the next update depends on."""
         return {
-            "actors": pieces({name: p.detach() for name, p in learned(self._actors).items()}),
-            "optimizers": {who: pieces(optimizer.state_dict()) for who, optimizer in self._optimizers.items()},
+            "actors": pieces(learned(self._actors)),
+            "optimizers": {who: state for part in self._passes for who, state in part.moving.state().items()},
             "kl_coefficient": self.kl_coefficient,
             "scores": list(self._scores),
         }
@@ -99,8 +86,8 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
         put_in(learned(self._actors), state["actors"])
-        for who, optimizer in self._optimizers.items():
-            load_optimizer(optimizer, state["optimizers"][who])
+        for part in self._passes:
+            part.moving.load(state["optimizers"])
         self.kl_coefficient = state["kl_coefficient"]
         self._scores = maths.RunningMoments(*state["scores"])
 
@@ -108,9 +95,9 @@ class Learner:
         """The learning rates of this update."""
         s = self._settings
         share = scale * (1 - number / s.updates if s.schedule == "linear" else 1)
-        for who, optimizer in self._optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = self._rates[who] * share
+        for part in self._passes:
+            for who in part.who:
+                part.moving.set_rate(self._rates[who] * share, who)
         return {"learning_rate": self._rates["policy"] * share, "critic_learning_rate": self._rates["critic"] * share}
 
     def weights(self) -> nn.Module:
@@ -242,26 +229,23 @@ class Learner:
         s = self._settings
         figures: dict[str, float] = {}
         for part in self._passes:
-            if self._texts and "policy" in part.optimizers:
+            if self._texts and "policy" in part.who:
                 figures["text_loss"] = self._texts_gradient(part, self._texts(step))
             figures |= self._minibatch_gradient(part, trajectory, minibatch)
             figures |= self._clip(part, number)
             if may_stop and s.stop_kl is not None and figures["approximate_kl"] > s.stop_kl:
-                part.forget_gradients()
+                part.moving.forget()
                 return figures, True
-            for who, optimizer in part.optimizers.items():
+            for who in part.who:
                 if who == "critic" or number >= self._warmup:
-                    optimizer.step()
-            part.forget_gradients()
+                    part.moving.step(who)
+            part.moving.forget()
         return figures, False
 
     def _clip(self, part: Learning, number: int) -> dict[str, float]:
         """Clips the gradients of policy and critic apart; their norms before."""
         most = self._settings.gradient_clipping
-        norms = {
-            f"{who}_gradient_norm": float(whole(self._accelerator.clip_grad_norm_(parameters, most)))
-            for who, parameters in part.parameters.items()
-        }
+        norms = {f"{who}_gradient_norm": part.moving.clip(most, who) for who in part.who}
         if not np.isfinite(list(norms.values())).all():
             raise StageFailed(f"ppo: the gradient is not finite in update {number + 1}; try a smaller learning_rate")
         return norms
@@ -288,8 +272,8 @@ class Learner:
             mine = rows[self._team.rank :: self._team.size]
             places = minibatch[mine or rows[:1]]
             with self._synchronised(part, number == len(microbatches)):
-                losses = self._losses(part.model, trajectory.rows(places))
-                self._accelerator.backward(losses.pop("loss") * (self._team.size / tokens if mine else 0.0))
+                losses = self._losses(part.moving.module, trajectory.rows(places))
+                part.moving.backward(losses.pop("loss") * (self._team.size / tokens if mine else 0.0))
             share = int(trajectory.mask[places].sum()) / tokens if mine else 0.0
             for name, value in losses.items():
                 found[name] = found.get(name, 0.0) + float(value) * share
@@ -309,8 +293,8 @@ class Learner:
         with self._synchronised(part, False):
             for texts in rows.split(at_once * ranks):
                 mine = texts[self._team.rank :: ranks]
-                nats = part.model(texts=(mine if len(mine) else rows[:1]).to(self._accelerator.device))
-                self._accelerator.backward(nats * (weight if len(mine) else 0.0))
+                nats = part.moving.module(texts=(mine if len(mine) else rows[:1]).to(self._accelerator.device))
+                part.moving.backward(nats * (weight if len(mine) else 0.0))
                 total += float(nats) if len(mine) else 0.0
         return self._team.add([total])[0] / tokens
 
@@ -319,7 +303,7 @@ class Learner:
         """Gradients cross the processes with the last microbatch of a step only."""
         with ExitStack() as stack:
             if not last:
-                stack.enter_context(self._setup.holding.accumulating(part.model))
+                stack.enter_context(part.moving.accumulating())
             yield
 
     def _losses(self, model: Any, rows: Trajectory) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ that the activations and gradients of only one of them are held at a time; on on
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from rlhf.functional.masked import widened
 from rlhf.judge import Judge, judge_models
 from rlhf.likelihood import Hide, TokenReader
 from rlhf.model import Critic, checkpoint_layers, last_gain
-from rlhf.sharding import Held, Holding, is_absent
+from rlhf.pieces import is_absent
+from rlhf.sharding import Held, Holding
 from stages.lora import SameAdapter, merged_in_place, using_adapter, with_named_adapter
 from stages.ppo.episodes import Trajectory
 
@@ -62,9 +63,9 @@ class Actors(nn.Module, ABC):
         A critic on the policy's trunk uses the policy's states, where they are at hand.
         """
 
-    def passes(self) -> list["Pass"]:
-        """What learns, in the order in which it is taken."""
-        return [Pass(self, "policy"), Pass(self, "critic")]
+    def passes(self, called: Any) -> list["Pass"]:
+        """What learns, in the order in which it is taken; `called` is called as these actors, for their gradients."""
+        return [Pass(self, called, "policy"), Pass(self, called, "critic")]
 
     def forward(self, who: tuple[Who, ...], rows: Trajectory | None, texts: Tensor | None) -> "Outputs | Tensor":
         """What policy, critic or both say of the rows; or the policy's nats for texts, see `nats_of`."""
@@ -208,9 +209,9 @@ class SharedActors(Actors):
         states = policy_states if policy_states is not None and self._reader.apart else self._trunk(rows.ids)
         return torch.where(rows.mask, self.head(_before(states, rows)), 0.0)
 
-    def passes(self) -> list["Pass"]:
+    def passes(self, called: Any) -> list["Pass"]:
         """See Actors."""
-        return [Pass(self, "policy", "critic")]
+        return [Pass(self, called, "policy", "critic")]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """See Actors: the trunk's, which the value loss moves too."""
@@ -289,17 +290,18 @@ class Pass(nn.Module):
     So processes that share a gradient share just these.
     """
 
-    def __init__(self, actors: Actors, *who: Who) -> None:
+    def __init__(self, actors: Actors, called: Any, *who: Who) -> None:
+        """See `Actors.passes`."""
         super().__init__()
         self.who = who
         parameters = {"policy": actors.policy_parameters, "critic": actors.critic_parameters}
         self.trained = nn.ModuleDict({each: nn.ParameterList(parameters[each]()) for each in who})
-        self._actors = (actors,)  # in a tuple it is no part of this module
+        self._called = (called,)  # in a tuple it is no part of this module
 
     def forward(self, rows: Trajectory | None = None, texts: Tensor | None = None) -> Outputs | Tensor:
         """See `Actors.forward`: it is one call, whatever wraps the actors."""
-        (actors,) = self._actors
-        found: Outputs | Tensor = actors(self.who, rows, texts)
+        (called,) = self._called
+        found: Outputs | Tensor = called(self.who, rows, texts)
         return found
 
 

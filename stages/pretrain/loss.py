@@ -1,4 +1,4 @@
-"""A causal LM and its loss as one module: whatever wraps it (DDP, FSDP2) sees one forward pass for a backward pass.
+"""A causal LM and its loss as one module: what wraps it (DDP, FSDP2, ZeRO-3) sees one forward pass for a backward pass.
 
 Legend: B rows, L tokens of a row, N = B L, V vocabulary.
 """

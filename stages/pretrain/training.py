@@ -20,10 +20,11 @@ from rlhf.errors import StageFailed
 from rlhf.job import Job
 from rlhf.model import decay_groups
 from rlhf.muon import muon_with_adamw
+from rlhf.pieces import put, weights_of
 from rlhf.recipe import PretrainSection
 from rlhf.runtime import Bar, log
 from rlhf.saver import Saver
-from rlhf.sharding import Holding, load_optimizer, pieces, put, weights_of, whole
+from rlhf.sharding import Holding
 from stages.pretrain.loss import TokenLoss, positions_in_documents
 from stages.pretrain.plan import Plan
 from stages.pretrain.speed import flops_per_token, peak_flops
@@ -63,7 +64,7 @@ class Training:
 
         `validate` gives the figures of a validation on the way, of the model with its weights.
         """
-        self.job, self.settings, self.rows, self.plan, self.holding = job, settings, rows, plan, holding
+        self.job, self.settings, self.rows, self.plan, self.share = job, settings, rows, plan, holding.share
         self.microbatch, self.begin, self.accelerator, self.validate = microbatch, begin, accelerator, validate
         self.work = flops_per_token(model, settings.sequence_length)
         loss = TokenLoss(model, settings.z_loss)
@@ -71,7 +72,7 @@ class Training:
             loss.compile()
         self.held = holding.learning(loss)
         self.learner: TokenLoss = self.held.learner
-        self.loss, self.optimizers = holding.prepared(self.learner, optimizers_of(self.learner.model, settings))
+        self.moving = self.held.moving(self.held.called, optimizers_of(self.learner.model, settings))
         self.metrics = job.metrics()
         self.saver = Saver(job, self.metrics)
         self.guard = Guard(settings.spikes, math.log(model.config.get_text_config().vocab_size), plan.steps)
@@ -86,11 +87,11 @@ class Training:
         """Trains to the end, from the last checkpoint where there is one."""
         found = self.saver.resume()
         if found:
-            state = load_tree(found.path, "state", self.holding.share)
+            state = load_tree(found.path, "state", self.share)
             self._restore(state)
             self.guard.load(state["guard"])
             self.validating = state["seconds_validating"]
-        self.loss.train()
+        self.moving.module.train()
         with self.saver.training(), Bar("pretrain", self.plan.steps, self.step) as bar:
             self._begin_window()
             while self.step < self.plan.steps:
@@ -124,8 +125,8 @@ class Training:
         mine = rows // self.job.team.size
         first = self.place + self.job.team.rank * mine
         loss = self.add_gradient(range(first, first + mine))
-        norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.settings.gradient_clipping)
-        together = self.job.team.add([float(loss), float(whole(norm))])
+        norm = self.moving.clip(self.settings.gradient_clipping)
+        together = self.job.team.add([float(loss), norm])
         return together[0] / self.job.team.size, together[1] / self.job.team.size
 
     def add_gradient(self, places: range) -> torch.Tensor:
@@ -138,11 +139,11 @@ class Training:
             end = min(start + self.microbatch, places.stop)
             inputs, targets = self._read(range(start, end))
             # gradients cross the processes with the last microbatch only
-            with nullcontext() if end == places.stop else self.holding.accumulating(self.loss):
+            with nullcontext() if end == places.stop else self.moving.accumulating():
                 positions = None if self.begin is None else positions_in_documents(inputs, self.begin)
-                found = self.loss(inputs, targets, positions)
+                found = self.moving.module(inputs, targets, positions)
                 share = (end - start) / len(places)
-                self.accelerator.backward(found.objective * share)
+                self.moving.backward(found.objective * share)
             total += found.nats * share
         return total
 
@@ -155,11 +156,9 @@ class Training:
     def _update(self) -> float:
         """One step of the optimisers; returns the learning rate."""
         rate = self.plan.learning_rate(self.step)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self.moving.set_rate(rate)
+        self.moving.step()
+        self.moving.forget()
         self.step += 1
         return rate
 
@@ -212,7 +211,7 @@ class Training:
             "place": self.place,
             "skipped": self.skipped,
             "model": weights_of(self.learner.model),
-            "optimizers": [pieces(optimizer.state_dict()) for optimizer in self.optimizers],
+            "optimizers": list(self.moving.state().values()),
             "losses": self.losses,
             "summed": self.summed,
             "metrics": self.metrics.position(),
@@ -225,9 +224,9 @@ class Training:
         self.step, self.skipped = state["step"], state["skipped"]
         self.losses, self.summed = state["losses"], state["summed"]
         put(self.learner.model, state["model"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, copy_tree(kept))  # an optimiser goes on with the very tensors that it is given
-            optimizer.zero_grad()
+        kept = copy_tree(state["optimizers"])  # an optimiser goes on with the very tensors that it is given
+        self.moving.load(dict(zip(self.moving.optimizers, kept, strict=True)))
+        self.moving.forget()
 
     def _roll_back(self, cause: str) -> None:
         """Goes back to the last good state, and on behind the rows that made the loss jump."""
@@ -245,9 +244,9 @@ class Training:
         self._begin_window()
 
 
-def optimizers_of(model: PreTrainedModel, settings: PretrainSection) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: PreTrainedModel, settings: PretrainSection) -> dict[str, torch.optim.Optimizer]:
     """What moves the model's weights: each takes its own part of them."""
     if settings.optimizer == "muon":
         return muon_with_adamw(model, settings.learning_rate, settings.weight_decay, BETAS, EPSILON)
     groups = decay_groups(model, settings.weight_decay)
-    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, eps=EPSILON, fused=True)]
+    return {"adamw": torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, eps=EPSILON, fused=True)}
