@@ -1,10 +1,11 @@
 """Models: built from a transformers config, loaded from and saved to plain Hugging Face directories."""
 
+import ctypes
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,27 @@ def build_causal_lm(
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
     if initialisation == "wide":
         initialise_widely(model)
+    _allocate_for(model)
     return model
+
+
+LARGE, LARGE_TENSOR = 30_000_000, 2**21  # parameters; bytes
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # glibc's malloc.h
+
+
+def _allocate_for(model: PreTrainedModel) -> None:
+    """Beside a large model, has glibc give the memory of large tensors back as soon as they are freed.
+
+    Small ones are a third faster if it keeps all of it (rlhf.launch). But what a freed tensor leaves is a hole that the
+    next one of its size doesn't fit (posix_memalign wants more than was freed), and a training of 90 million
+    parameters took 2.1 GB in place of 1.3.
+    """
+    if count_parameters(model) < LARGE:
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
+        library.mallopt(M_MMAP_MAX, 2**16)
 
 
 @torch.no_grad()
@@ -298,6 +319,7 @@ def _load(
     disable_dropout(model)
     if quantised:
         settle(model)
+    _allocate_for(model)
     return model
 
 
