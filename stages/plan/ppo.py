@@ -68,7 +68,7 @@ def plan(context: Context) -> StagePlan:
         layers = models.policy.config.get_text_config().num_hidden_layers
         with counting(found):
             _go_through(context, settings, models, budget, prompts, drawing, footprint)
-            found.memory = memory_of(footprint, machine, models.policy, found.trained)
+            found.memory = memory_of(footprint, machine, found.parameters, models.policy, found.trained)
     mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
     episodes = settings.updates * settings.episodes_per_update
     found.tokens = episodes * mean

@@ -50,7 +50,7 @@ def plan(context: Context) -> StagePlan:
         )
         with counting(found):
             _go_through(context, settings, beginning, schedule, size, model, optimizers, footprint)
-            found.memory = memory_of(footprint, context.machine, model, found.trained)
+            found.memory = memory_of(footprint, context.machine, found.parameters, model, found.trained)
     found.tokens = schedule.tokens
     rows = schedule.parts[-1].rows // context.machine.processes
     found.lines = [

@@ -102,7 +102,7 @@ def plan(context: Context) -> StagePlan:
             if not settings.from_:
                 _train(context, settings, model, adapted, lengths, steps > 1, footprint)
             passes.score(footprint, model, lengths.longest, rows=drawn)
-            found.memory = memory_of(footprint, machine, model, found.trained)
+            found.memory = memory_of(footprint, machine, found.parameters, model, found.trained)
     found.tokens = lengths.tokens * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
     per_step = 4.0 * count_parameters(model)

@@ -78,7 +78,7 @@ def plan(context: Context) -> StagePlan:
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
         with counting(found):
             _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
-            found.memory = memory_of(footprint, machine, model, found.trained)
+            found.memory = memory_of(footprint, machine, found.parameters, model, found.trained)
     dialogues = settings.steps * settings.dialogues_per_step
     found.tokens = lengths.mean * dialogues
     backward = 6.0 if settings.lora is None else 4.0  # the frozen weights have no gradient of their own
