@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import RecipeError, UserError
-from rlhf.model import write_folder
+from rlhf.model import spare_memory, write_folder
 from rlhf.recipe import LoraSection
 
 ALL_LINEAR = "all-linear"
@@ -48,6 +48,7 @@ def add_adapters(
     trained as well: what a model has never seen it can't learn through adapters alone. `key` is where the recipe has
     `settings`; it is named in errors.
     """
+    spare_memory(model)
     names = target_names(model, settings.targets, key)
     config = LoraConfig(
         r=settings.rank,
@@ -115,6 +116,7 @@ def _token_tables(model: PreTrainedModel, tokens: Sequence[int], key: str) -> di
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
     """Puts one more adapter into a model that stays a plain transformers model; seed torch first."""
+    spare_memory(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
         inject_adapter_in_model(config, model, name)

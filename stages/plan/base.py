@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from rlhf.data.rows import Kind
 from rlhf.errors import DataError, MissingInput, RlhfError
 from rlhf.footprint import WORKING, Footprint, Moment
-from rlhf.model import LARGE, causal_lm_config, check_embeddings
+from rlhf.model import causal_lm_config, check_embeddings
 from rlhf.recipe import JudgeSection, Recipe, Source, StageName, known_base, upstream
 from rlhf.rundir import RunDir
 from rlhf.sharding import layers_of
@@ -60,21 +60,27 @@ class Memory(NamedTuple):
 
 
 HOLES = "holes between them (the C library's)"
-HOLES_SHARE, BESIDE_A_LARGE_MODEL = 0.22, 0.05  # of all that was not read from a file
+HOLES_SHARE, SPARED_SHARE = 0.22, 0.05  # of all that was not read from a file
 BUCKETS = "gradients on their way (DDP)"
 LIBRARIES, FIRST_USE = "the libraries' own", 160 * 2**20
 
 
 def memory_of(
-    footprint: Footprint, machine: Machine, parameters: int, learner: nn.Module | None = None, trained: int = 0
+    footprint: Footprint,
+    machine: Machine,
+    learner: nn.Module | None = None,
+    trained: int = 0,
+    *,
+    spares: bool = False,
 ) -> Memory:
     """What a footprint means on a machine.
 
-    `parameters` are the model's; `learner` is the one that learns, and `trained` how many numbers it learns.
+    `learner` is the model that learns, and `trained` how many numbers it learns; `spares`: whether a large one is to
+    take little memory (rlhf.model.spare_memory).
     Several processes with whole models hold each gradient twice, the second time in DDP's buckets.
     On a CPU more comes on top, as was measured (scripts/bench_plan): what is freed leaves holes that the next tensor
-    doesn't fit, a fifth of what is not read from files, and less beside a large model, where the C library gives
-    memory back (rlhf.model); and kernels, packed factors and what else is made at first use.
+    doesn't fit, a fifth of what is not read from files, or less where it is given back; and kernels, packed factors and
+    what else is made at first use.
     """
     moments = footprint.moments
     if machine.sharded:
@@ -86,7 +92,7 @@ def memory_of(
         roles[BUCKETS] = 4 * trained
     if not machine.on_gpus:
         made = sum(size for name, size in roles.items() if not name.endswith("weights"))
-        share = BESIDE_A_LARGE_MODEL if parameters >= LARGE else HOLES_SHARE
+        share = SPARED_SHARE if spares else HOLES_SHARE
         roles |= {HOLES: round(share * made), LIBRARIES: FIRST_USE}
     return Memory(peak.phase, roles)
 

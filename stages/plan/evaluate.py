@@ -62,7 +62,7 @@ def plan(context: Context) -> StagePlan:
                     scorer = passes.scorer(judge.config, machine, judge.heads)
                 passes.score(footprint, scorer, longest, ANSWERED)
                 del scorer
-            found.memory = memory_of(footprint, machine, found.parameters)
+            found.memory = memory_of(footprint, machine)
     found.tokens = float(models * read)
     found.work = Work(2.0 * found.parameters * found.tokens)
     known = f"; questions and answers of about {read:,} tokens each" if read else ""
