@@ -62,7 +62,7 @@ def trainer_arguments(
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": max(1, round(warmup * steps)),
+        "warmup_steps": min(max(1, round(warmup * steps)), steps - 1),  # the first of them is at a rate of 0
         "weight_decay": weight_decay,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,

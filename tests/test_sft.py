@@ -33,7 +33,7 @@ from rlhf.tokenizer import encode_chat, encode_texts
 from stages.packing import IGNORED, PackingCollator, check_isolation, fitted
 from stages.sft import Dialogues, Row, dataset_of, dialogues_of, marked, prepared, validation_loss
 from stages.sft_trainer import LeanSFTTrainer
-from stages.trl_glue import Progress, Validation, Validator
+from stages.trl_glue import Progress, Validation, Validator, trainer_arguments
 from tests.conftest import TINY_RECIPE, rlhf
 
 # Packing
@@ -378,6 +378,17 @@ def test_markers_that_hold_more_than_the_answer_are_told_of_once(
     read(tmp_path, prepared, [SHORT, SHORT])
     prepare(tmp_path, tokenizer)
     assert "markers" not in capsys.readouterr().out
+
+
+# Steps
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (10, 1), (100, 5)])
+def test_a_single_step_is_no_warm_up(steps: int, expected: int) -> None:
+    """It was at a learning rate of 0, and nothing was learned."""
+    settings: dict[str, Any] = {"seed": 1, "stage": "sft", "precision": "float32", "size": 1, "passes": 1}
+    rates = {"learning_rate": 1.0, "warmup": 0.05, "weight_decay": 0.0, "gradient_clipping": 1.0}
+    assert trainer_arguments(output=Path(), steps=steps, **settings, **rates)["warmup_steps"] == expected
 
 
 # Validation

@@ -60,7 +60,7 @@ class Memory(NamedTuple):
 
 
 HOLES = "holes between them (the C library's)"
-HOLES_SHARE, SPARED_SHARE = 0.22, 0.05  # of all that was not read from a file
+TRAINING_HOLES, SPARED_HOLES, READING_HOLES = 0.22, 0.05, 0.45  # of all that was not read from a file
 BUCKETS = "gradients on their way (DDP)"
 LIBRARIES, FIRST_USE = "the libraries' own", 160 * 2**20
 
@@ -79,8 +79,8 @@ def memory_of(
     take little memory (rlhf.model.spare_memory).
     Several processes with whole models hold each gradient twice, the second time in DDP's buckets.
     On a CPU more comes on top, as was measured (scripts/bench_plan): what is freed leaves holes that the next tensor
-    doesn't fit, a fifth of what is not read from files, or less where it is given back; and kernels, packed factors and
-    what else is made at first use.
+    doesn't fit, a fifth of what is not read from files while a model learns, more where one only reads, less where it
+    is given back; and kernels, packed factors and what else is made at first use.
     """
     moments = footprint.moments
     if machine.sharded:
@@ -92,7 +92,8 @@ def memory_of(
         roles[BUCKETS] = 4 * trained
     if not machine.on_gpus:
         made = sum(size for name, size in roles.items() if not name.endswith("weights"))
-        share = SPARED_SHARE if spares else HOLES_SHARE
+        reading = READING_HOLES if learner is None else TRAINING_HOLES
+        share = SPARED_HOLES if spares else reading
         roles |= {HOLES: round(share * made), LIBRARIES: FIRST_USE}
     return Memory(peak.phase, roles)
 
