@@ -387,8 +387,8 @@ def test_markers_that_hold_more_than_the_answer_are_told_of_once(
 def test_a_single_step_is_no_warm_up(steps: int, expected: int) -> None:
     """It was at a learning rate of 0, and nothing was learned."""
     settings: dict[str, Any] = {"seed": 1, "stage": "sft", "precision": "float32", "size": 1, "passes": 1}
-    rates = {"learning_rate": 1.0, "warmup": 0.05, "weight_decay": 0.0, "gradient_clipping": 1.0}
-    assert trainer_arguments(output=Path(), steps=steps, **settings, **rates)["warmup_steps"] == expected
+    settings |= {"learning_rate": 1.0, "warmup": 0.05, "weight_decay": 0.0, "gradient_clipping": 1.0}
+    assert trainer_arguments(output=Path(), steps=steps, **settings)["warmup_steps"] == expected
 
 
 # Validation
