@@ -458,10 +458,10 @@ def test_a_critic_from_an_ensemble_begins_at_the_mean_of_its_heads(tmp_path: Any
 
 def test_equal_pad_and_end_are_refused(tmp_path: Any) -> None:
     """TRL: pad == eos corrupted the masks."""
-    tokenizer: Any = SimpleNamespace(pad_token_id=END, eos_token_id=END)
+    tokenizer: Any = SimpleNamespace(pad_token_id=END, eos_token_id=END, eos_token="<end>", chat_template="any")
     recipe: Any = SimpleNamespace(ppo=settings())
     nothing: Any = None  # it is refused before anything is loaded
-    with pytest.raises(UserError, match="pad and end token must be different"):
+    with pytest.raises(UserError, match="one token, '<end>', as pad and as end token"):
         build_roles(recipe, nothing, Start(str(tmp_path), False, None), tokenizer, torch.device("cpu"))
 
 
