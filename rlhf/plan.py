@@ -23,6 +23,7 @@ from rlhf.quantisation import quantised_adapters
 from rlhf.recipe import LoraSection, Recipe, StageName, microbatches, upstream
 from rlhf.rundir import RunDir
 from rlhf.runtime import quiet_libraries, uses_bfloat16, visible
+from rlhf.zero import NO_MUON
 from stages.plan import GIB, Context, Machine, StagePlan, plan_stage
 from stages.plan.machine import TRAINING_SHARE, Gpu
 
@@ -55,6 +56,9 @@ def machine_of(
         raise UserError(f"{path}: num_processes: missing; say it there, or with --processes N")
     memory = round(gpu_memory * GIB) if gpu_memory else min(here, default=0)
     sharded = config is not None and config.distributed_type != "MULTI_GPU" and count > 1
+    zero = sharded and config is not None and config.distributed_type == "DEEPSPEED"
+    if zero and recipe.pretrain and "pretrain" in recipe.stages and recipe.pretrain.optimizer == "muon":
+        raise UserError(NO_MUON)
     if recipe.precision == "bfloat16" and not memory:
         uses_bfloat16(recipe.precision)  # refuses it where this machine is many times slower with it
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and memory > 0)

@@ -22,6 +22,10 @@ from rlhf.runtime import device
 from rlhf.sharding import Held, Moving, ShardedModel, ShardedModels, check_same, layers_of, twin_of
 from rlhf.team import Team
 
+NO_MUON = (
+    "pretrain.optimizer: Muon needs whole rows of matrices, and DeepSpeed cuts within them; take adamw, or a "
+    "launch file with FSDP2"
+)
 BUCKET = 2**22  # numbers of gradients that cross the processes together
 
 
@@ -89,10 +93,7 @@ class ZeroModel(ShardedModel):
         engine = self.called
         for optimizer in optimizers.values():
             if not isinstance(optimizer, AdamW):
-                raise UserError(
-                    "pretrain.optimizer: Muon needs whole rows of matrices, and DeepSpeed cuts within them; take "
-                    "adamw, or a launch file with FSDP2"
-                )
+                raise UserError(NO_MUON)
             _take_over(optimizer, engine)
 
         def backward(loss: Tensor) -> None:

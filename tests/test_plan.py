@@ -380,6 +380,13 @@ def test_questions_without_a_tokenizer_are_unknown_not_none() -> None:
     assert " 0 tokens" not in plan.lines[0] and "few-shot" in plan.unchecked[-1]
 
 
+def test_muon_is_refused_under_deepspeed_as_a_run_refuses_it() -> None:
+    muon = load_recipe(str(TINY_RECIPE), ["pretrain.optimizer=muon"])
+    with pytest.raises(UserError, match="Muon needs whole rows"):
+        machine_of(muon, None, None, None, "zero3-cpu")
+    assert machine_of(muon, None, None, None, "fsdp2-cpu").sharded
+
+
 def test_what_is_planned_for() -> None:
     plain = load_recipe(str(TINY_RECIPE))
     made_for = load_recipe(str(TINY_RECIPE), ["hardware={gpus: 8, gpu_memory: 80, launch: fsdp2}"])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -332,13 +333,18 @@ def killed(chain: Path, home: Path, stage: str, *overrides: str, ways: Ways = GO
 
 @pytest.mark.slow
 def test_a_spike_is_rolled_back_in_pieces(chain: Path, tmp_path: Path) -> None:
+    rolled_back(chain, tmp_path, SHARDED)
+
+
+def rolled_back(chain: Path, home: Path, pieces: Sequence[str]) -> None:
+    """Models in pieces, held as these words say, go back where whole ones do."""
     overrides = ["pretrain.learning_rate=0.9", "pretrain.spikes.good_every=3", "pretrain.spikes.most_in_a_row=2"]
     said = {}
-    for how, words in (("whole", WHOLE), ("pieces", SHARDED)):
-        shutil.copytree(chain / "runs", tmp_path / how / "runs")
+    for how, words in (("whole", WHOLE), ("pieces", pieces)):
+        shutil.copytree(chain / "runs", home / how / "runs")
         done = subprocess.run(
             [sys.executable, "-m", "rlhf", "run", "pretrain", *TINY, *overrides, *words],
-            cwd=tmp_path / how,
+            cwd=home / how,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,

@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.launch_file import open_launch_file
 from rlhf.runtime import Sharding, take_over_sharding
 from tests.conftest import ROOT, rlhf
-from tests.test_sharding import SHARDED, STEPS, TINY, VARIANTS, WHOLE, Ways, apart, chain, killed, losses
+from tests.test_sharding import SHARDED, STEPS, TINY, VARIANTS, WHOLE, Ways, apart, chain, killed, losses, rolled_back
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -257,19 +257,7 @@ def test_killed_it_goes_on_as_it_was_and_in_other_ways(chain: Path, tmp_path: Pa
 @needs_deepspeed
 @pytest.mark.slow
 def test_a_spike_is_rolled_back(chain: Path, tmp_path: Path) -> None:
-    overrides = ["pretrain.learning_rate=0.9", "pretrain.spikes.good_every=3", "pretrain.spikes.most_in_a_row=2"]
-    said = {}
-    for how, words in (("whole", WHOLE), ("pieces", ZERO)):
-        shutil.copytree(chain / "runs", tmp_path / how / "runs")
-        done = subprocess.run(
-            [sys.executable, "-m", "rlhf", "run", "pretrain", *TINY, *overrides, *words],
-            cwd=tmp_path / how,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        said[how] = [line.split(": the loss")[0] for line in done.stdout.splitlines() if "a spike at step" in line]
-    assert said["pieces"] == said["whole"] != []
+    rolled_back(chain, tmp_path, ZERO)
 
 
 @needs_deepspeed

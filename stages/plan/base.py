@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from rlhf.data.rows import Kind
 from rlhf.errors import DataError, MissingInput, RlhfError
 from rlhf.footprint import WORKING, Footprint, Moment
-from rlhf.model import causal_lm_config, check_embeddings
+from rlhf.model import LARGE, causal_lm_config, check_embeddings, count_parameters
 from rlhf.recipe import JudgeSection, Recipe, Source, StageName, known_base, upstream
 from rlhf.rundir import RunDir
 from rlhf.sharding import layers_of
@@ -75,8 +75,8 @@ def memory_of(
 ) -> Memory:
     """What a footprint means on a machine.
 
-    `learner` is the model that learns, and `trained` how many numbers it learns; `spares`: whether a large one is to
-    take little memory (rlhf.model.spare_memory).
+    `learner` is the model that learns, and `trained` how many numbers it learns; `spares`: whether it is to take little
+    memory, if it is large (rlhf.model.spare_memory).
     Several processes with whole models hold each gradient twice, the second time in DDP's buckets.
     On a CPU more comes on top, as was measured (scripts/bench_plan): what is freed leaves holes that the next tensor
     doesn't fit, a fifth of what is not read from files while a model learns, more where one only reads, less where it
@@ -92,8 +92,9 @@ def memory_of(
         roles[BUCKETS] = 4 * trained
     if not machine.on_gpus:
         made = sum(size for name, size in roles.items() if not name.endswith("weights"))
-        reading = READING_HOLES if learner is None else TRAINING_HOLES
-        share = SPARED_HOLES if spares else reading
+        share = READING_HOLES if learner is None else TRAINING_HOLES
+        if spares and learner is not None and count_parameters(learner) >= LARGE:
+            share = SPARED_HOLES
         roles |= {HOLES: round(share * made), LIBRARIES: FIRST_USE}
     return Memory(peak.phase, roles)
 

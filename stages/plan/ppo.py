@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.footprint import Footprint
 from rlhf.likelihood import TokenReader, head_stands_apart
-from rlhf.model import LARGE, Critic, checkpoint_layers, count_parameters
+from rlhf.model import Critic, checkpoint_layers, count_parameters
 from rlhf.recipe import PpoSection
 from rlhf.rollout import Drawing
 from rlhf.tinyworld.words import Split
@@ -68,8 +68,7 @@ def plan(context: Context) -> StagePlan:
         layers = models.policy.config.get_text_config().num_hidden_layers
         with counting(found):
             _go_through(context, settings, models, budget, prompts, drawing, footprint)
-            sparing = settings.gradient_checkpointing or settings.layout == "adapters"
-            spares = found.parameters >= LARGE and sparing
+            spares = settings.gradient_checkpointing or settings.layout == "adapters"
             found.memory = memory_of(footprint, machine, models.policy, found.trained, spares=spares)
     mean = sum(prompts) / len(prompts) + settings.sampling.max_tokens
     episodes = settings.updates * settings.episodes_per_update

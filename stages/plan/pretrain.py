@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.model import LARGE, accelerator_bytes, checkpoint_layers, count_parameters
+from rlhf.model import accelerator_bytes, checkpoint_layers, count_parameters
 from rlhf.muon import Muon
 from rlhf.recipe import PretrainSection, microbatches
 from stages.common import check_context
@@ -50,7 +50,7 @@ def plan(context: Context) -> StagePlan:
         )
         with counting(found):
             _go_through(context, settings, beginning, schedule, size, model, optimizers, footprint)
-            spares = found.parameters >= LARGE and settings.gradient_checkpointing
+            spares = settings.gradient_checkpointing
             found.memory = memory_of(footprint, context.machine, model, found.trained, spares=spares)
     found.tokens = schedule.tokens
     rows = schedule.parts[-1].rows // context.machine.processes

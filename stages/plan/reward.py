@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
 from rlhf.functional.bradley_terry import preference_loss
-from rlhf.model import LARGE, checkpoint_layers, count_parameters
+from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import CollectSection, RewardSection, Source, microbatches
 from rlhf.rollout import Drawing
 from rlhf.tokenizer import encode_prompt
@@ -102,7 +102,7 @@ def plan(context: Context) -> StagePlan:
             if not settings.from_:
                 _train(context, settings, model, adapted, lengths, steps > 1, footprint)
             passes.score(footprint, model, lengths.longest, rows=drawn)
-            spares = found.parameters >= LARGE and (settings.gradient_checkpointing or settings.lora is not None)
+            spares = not settings.from_ and (settings.gradient_checkpointing or settings.lora is not None)
             found.memory = memory_of(footprint, machine, model, found.trained, spares=spares)
     found.tokens = lengths.tokens * (not settings.from_)
     backward = 6.0 if settings.lora is None else 4.0
@@ -189,7 +189,6 @@ def _lengths(
         order = pair_order(train, settings.pairs_per_step, wanted, context.recipe.seed)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         shapes = [_shape([train[place] for place in batch]) for batch in batches]
-        tokens = sum(_distinct([train[place] for place in batch]) for batch in batches)
         tokens = sum(_distinct([train[place] for place in batch]) for batch in batches)
         each = settings.pairs_per_step // size
         first, largest = (largest_of(some) for some in (shapes[:each], shapes[each:] or shapes))

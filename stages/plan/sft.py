@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from rlhf.footprint import Footprint
-from rlhf.model import LARGE, checkpoint_layers, count_parameters
+from rlhf.model import checkpoint_layers, count_parameters
 from rlhf.recipe import SftSection, microbatches
 from rlhf.rollout import Drawing
 from rlhf.runtime import derive_seed
@@ -78,7 +78,7 @@ def plan(context: Context) -> StagePlan:
         found.parameters, found.trained = plain, sum(p.numel() for p in learning)
         with counting(found):
             _go_through(context, settings, model, adapted, lengths, steps > 1, footprint)
-            spares = found.parameters >= LARGE and (settings.gradient_checkpointing or settings.lora is not None)
+            spares = settings.gradient_checkpointing or settings.lora is not None
             found.memory = memory_of(footprint, machine, model, found.trained, spares=spares)
     dialogues = settings.steps * settings.dialogues_per_step
     found.tokens = lengths.mean * dialogues
